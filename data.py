@@ -1,0 +1,808 @@
+"""Data: features and captions on disk -> clips -> hidden tokens -> a Batch (sec. 3.2, 5.1, 5.2).
+
+    python data.py check DATA            counts, missing features, bad rows, what to do about them
+    python data.py toy DIR               writes the toy world (toy.py) in the benchmarks' own files
+    python data.py pack DATA --out DIR   the same corpus as shards and flat caption arrays
+
+    DATA/features*/<video_id>.npy   (seconds, E) float16 or float32, one row a second, or shards
+    DATA/raw_caption.json           {video_id: {"start": [s..], "end": [s..], "text": [str..]}}
+    DATA/train.lst, val.lst         a video id a line
+    DATA/msrvtt, youcook2, coin, crosstask: the benchmarks' own files, read below
+
+Letters as in vlm.py: `B` clips, `V` seconds of video, `T` text tokens, `E` feature width, `W`
+vocabulary. Everything drawn at random depends on (seed, epoch, video, clip) alone.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from benchmarks import (
+    Bad,
+    Clip,
+    DataError,
+    is_number,
+    read_coin,
+    read_crosstask,
+    read_json,
+    read_msrvtt,
+    read_text,
+    read_youcook2,
+    stop,
+)  # fmt: skip
+from toy import write_toy
+from vlm import Batch, VLMConfig, load_tokenizer, run
+
+# ---------------------------------------------------------------------------------------------
+# Features: one row a second, memory-mapped; only the index is in memory
+
+
+class FeatureStore:
+    """Frozen video features by video id, from folders of .npy files or of safetensors shards.
+
+    Raises DataError when a folder is missing or empty, when an id stands in two of them, and on
+    reading a file that is cut short, is not (seconds, E) float16/float32 or holds NaN or infinity.
+    """
+
+    def __init__(self, *folders: str | Path):
+        self.files: list[Path] = []  # one entry a .npy folder or a shard
+        self.place: dict[str, int] = {}  # video id -> which of them
+        self.shards: dict[int, safe_open] = {}
+        for folder in map(Path, folders):
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder of features (.npy files or shards)")
+            names = sorted(entry.name for entry in os.scandir(folder))
+            arrays = [name[:-4] for name in names if name.endswith(".npy")]
+            shards = [folder / name for name in names if name.endswith(".safetensors")]
+            if not arrays and not shards:
+                raise DataError(f"{folder}: empty; wanted <video_id>.npy files or *.safetensors")
+            if arrays:
+                self._index(folder, arrays)
+            for shard in shards:
+                self._index(shard, self._shard(len(self.files), shard).keys())
+        self.width = self._peek()
+
+    def _index(self, file: Path, ids: Iterable[str]) -> None:
+        for video in ids:
+            if video in self.place:
+                raise DataError(f"{file}: {video} is also in {self.files[self.place[video]]}")
+            self.place[video] = len(self.files)
+        self.files.append(file)
+
+    def _shard(self, i: int, file: Path):
+        if i not in self.shards:
+            try:
+                self.shards[i] = safe_open(file, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{file}: not a readable safetensors shard ({error})") from None
+        return self.shards[i]
+
+    def _peek(self) -> int:
+        video = next(iter(self.place))
+        return self.open(video).shape[1]
+
+    def __contains__(self, video: str) -> bool:
+        return video in self.place
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def open(self, video: str) -> np.ndarray:
+        """Return one video's features (seconds, E), memory-mapped where the file allows it."""
+        i = self.place[video]
+        file = self.files[i]
+        if file.suffix == ".safetensors":
+            x = self._shard(i, file).get_slice(video)
+            shape, dtype = (
+                tuple(x.get_shape()),
+                {"F16": "float16", "F32": "float32"}.get(x.get_dtype()),
+            )
+        else:
+            file = file / f"{video}.npy"
+            try:
+                x = np.load(file, mmap_mode="r", allow_pickle=False)
+                shape, dtype = x.shape, str(x.dtype)
+            except (ValueError, OSError, EOFError, AttributeError) as error:
+                raise DataError(f"{file}: not a whole .npy array ({error})") from None
+        width = getattr(self, "width", shape[1] if len(shape) == 2 else 0)
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or width < 1:
+            raise DataError(
+                f"{file}: {video} has features {shape}, wanted (seconds, {width or 'E'}) "
+                "with at least one second: extract it again"
+            )
+        if dtype not in ("float16", "float32"):
+            raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
+        return x if isinstance(x, np.ndarray) else _Slice(x, shape)
+
+    def rows(self, video: str, index: np.ndarray) -> np.ndarray:
+        """Read seconds `index` (n,) of one video: (n, E) float32, all finite."""
+        x = self.open(video)
+        low = int(index.min()) if len(index) else 0
+        high = int(index.max()) + 1 if len(index) else 0
+        rows = np.asarray(x[low:high])[index - low].astype(np.float32)
+        if not np.isfinite(rows).all():
+            second = int(index[~np.isfinite(rows).all(1)][0])
+            raise DataError(
+                f"{video}: features hold NaN or infinity at second {second}: extract it again"
+            )
+        return rows
+
+
+class _Slice:
+    """A shard's tensor, read row by row on demand."""
+
+    def __init__(self, lazy, shape: tuple[int, int]):
+        self.lazy, self.shape = lazy, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key) -> np.ndarray:
+        return self.lazy[key]
+
+
+def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:
+    """Open `--features DIR`, or every features* folder of DATA as one store."""
+    if features is not None:
+        return FeatureStore(features)
+    folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
+    if not folders:
+        raise DataError(
+            f"{data}: no features/ folder: put <video_id>.npy there or pass --features DIR"
+        )
+    return FeatureStore(*folders)
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions: de-duplicated, tokenised once, flat arrays
+
+
+def deduplicate(
+    captions: list[tuple[float, float, str]],
+) -> tuple[list[tuple[float, float, str]], int]:
+    """Take away what automatic captions say twice (sec. 5.1.1).
+
+    Where a caption begins before its predecessor has ended, the longest run of words that ends the
+    one and begins the other is kept in the first alone, and the second starts when the first ends.
+
+    Args:    captions: (start, end, text) of one video, times in seconds, any order.
+    Returns: the same by start, without repeats and captions that only repeated; words removed.
+
+    >>> deduplicate([(0.0, 3.0, "now cut the onion"), (2.0, 5.0, "the onion and stir")])
+    ([(0.0, 3.0, 'now cut the onion'), (3.0, 5.0, 'and stir')], 2)
+    """
+    kept: list[tuple[float, float, str]] = []
+    said, said_until, removed = [], -math.inf, 0
+    for start, end, text in sorted(captions, key=lambda c: c[0]):
+        words = text.split()
+        low = [word.lower() for word in words]
+        again = 0
+        if start < said_until:
+            longest = min(len(said), len(low))
+            again = next((k for k in range(longest, 0, -1) if said[-k:] == low[:k]), 0)
+        removed += again
+        if again < len(words):
+            begin = min(max(start, said_until), end) if again else start
+            kept.append((begin, end, " ".join(words[again:])))
+        elif kept:
+            kept[-1] = (kept[-1][0], max(kept[-1][1], end), kept[-1][2])
+        said, said_until = low, end
+    return kept, removed
+
+
+class Captions:
+    """All captions of a corpus as flat arrays; those of one video stand together, by start.
+
+    ids [n] · first_caption (n+1,) · start, end (C,) seconds · first_token (C+1,) · tokens (N,)
+    """
+
+    ARRAYS = ("first_caption", "start", "end", "first_token", "tokens")
+
+    def __init__(
+        self, ids: list[str], arrays: dict[str, np.ndarray], words: int = 0, removed: int = 0
+    ):
+        self.ids, self.words, self.removed = ids, words, removed
+        self.index = {video: i for i, video in enumerate(ids)}
+        self.first_caption, self.start, self.end, self.first_token, self.tokens = (
+            arrays[name] for name in self.ARRAYS
+        )
+
+    @classmethod
+    def from_json(cls, path: str | Path, tokenizer: Tokenizer, bad: Callable = stop) -> "Captions":
+        """Read raw_caption.json, take repeats away, tokenise (all of HowTo100M: see `pack`)."""
+        ids, counts, starts, ends, lengths, pieces = [], [0], [], [], [0], []
+        words = removed = 0
+        dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
+        videos = iter(read_json(path, dict).items())
+        while chunk := list(itertools.islice(videos, 2000)):
+            texts = []
+            for video, entry in chunk:
+                clean, n = deduplicate(good_captions(path, video, entry, bad))
+                words += n + sum(len(text.split()) for _, _, text in clean)
+                removed += n
+                ids.append(video)
+                counts.append(len(clean))
+                starts += [start for start, _, _ in clean]
+                ends += [end for _, end, _ in clean]
+                texts += [text for _, _, text in clean]
+            encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+            lengths += [len(e) for e in encoded]
+            pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
+        flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+        arrays = (np.cumsum(counts), np.array(starts), np.array(ends), np.cumsum(lengths), flat)
+        return cls(ids, dict(zip(cls.ARRAYS, arrays, strict=True)), words, removed)
+
+    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the arrays as .npy, to be memory-mapped, and say which tokenizer they are for."""
+        folder.mkdir(parents=True)
+        for name in self.ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+        about = {"ids": self.ids, "words": self.words, "removed": self.removed}
+        about["tokenizer"] = fingerprint(tokenizer)
+        (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: Tokenizer) -> "Captions":
+        """Memory-map what `save` wrote."""
+        about = read_json(folder / "about.json", dict)
+        if about.get("tokenizer") != fingerprint(tokenizer):
+            raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
+        try:
+            arrays = {
+                n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False)
+                for n in cls.ARRAYS
+            }
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{folder}: not whole ({error}): pack again") from None
+        return cls(about["ids"], arrays, about["words"], about["removed"])
+
+
+def good_captions(path: str | Path, video: str, entry: object, bad: Callable) -> list:
+    """Check one video's captions; hand every bad one to `bad`: (start, end, text) of the others."""
+    try:
+        columns = [entry[key] for key in ("start", "end", "text")]
+        rows = list(zip(*columns, strict=True))
+    except (KeyError, TypeError, ValueError):
+        bad(f"{path}: {video}: wanted lists start, end and text of one length")
+        return []
+    kept = []
+    for i, (start, end, text) in enumerate(rows):
+        where = f"{path}: {video}, caption {i}"
+        if not is_number(start) or not is_number(end) or not 0 <= start <= end < 1e7:
+            bad(f"{where}: start {start!r}, end {end!r}, wanted seconds with 0 <= start <= end")
+        elif not isinstance(text, str) or not text.strip():
+            bad(f"{where}: text is {text!r}, wanted words")
+        else:
+            kept.append((float(start), float(end), text))
+    return kept
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Name a vocabulary by its contents."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def open_captions(data: str | Path, tokenizer: Tokenizer, bad: Callable = stop) -> Captions:
+    """Open DATA's packed captions, or read its raw_caption.json."""
+    data = Path(data)
+    if (data / "captions").is_dir():
+        return Captions.open(data / "captions", tokenizer)
+    return Captions.from_json(data / "raw_caption.json", tokenizer, bad)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Find the five special tokens, under the names that VLMConfig has for them, and the size."""
+    ids = {}
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        ids[f"{name}_token_id"] = tokenizer.token_to_id(f"[{name.upper()}]")
+        if ids[f"{name}_token_id"] is None:
+            raise DataError(f"the tokenizer has no [{name.upper()}]: wanted a BERT vocabulary")
+    return ids | {"vocab_size": tokenizer.get_vocab_size()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Masking (sec. 3.2, 3.3, 5.2)
+
+
+def uniforms(c: VLMConfig) -> int:
+    """Return how many random numbers `hide` wants for a clip."""
+    return 1 + c.max_video_len + 3 * c.max_text_len
+
+
+def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.15) -> Batch:
+    """Hide whole modalities (MMM) in a share `mmm` of the clips, single tokens (MFM-MLM) in others.
+
+    mmm/2 of the clips lose all video, mmm/2 all text, the others each token with chance p. A hidden
+    word reads [MASK] 80 %, a random word 10 %, itself 10 %; [MASK] always when the text goes whole.
+
+    Args:    batch: video, video_valid, text, text_valid. u (B, uniforms(c)) in [0, 1), drawn from
+             a torch.Generator; a clip's row decides all about it, whatever it is batched with.
+             mmm: 0.5 in the paper, 0..1. p: 0.15.
+    Returns: the batch with video_hidden, text_hidden, text_target, and text as the model reads it.
+             [CLS], [SEP] and [PAD] are never hidden, and features stay: the model zeroes them.
+    """
+    if not 0 <= mmm <= 1 or not 0 <= p <= 1:
+        raise ValueError(f"mmm is {mmm} and p is {p}, both wanted in 0..1")
+    V, T = batch.video.shape[1], batch.text.shape[1]
+    sizes = [1, c.max_video_len] + 3 * [c.max_text_len]
+    scheme, u_video, u_text, how, which = u.split(sizes, 1)
+    all_video, all_text = scheme < mmm / 2, (scheme >= mmm / 2) & (scheme < mmm)  # (B, 1)
+    some = scheme >= mmm
+    video_hidden = batch.video_valid & (all_video | (some & (u_video[:, :V] < p)))
+    pieces = batch.text_valid & (batch.text != c.sep_token_id)
+    text_hidden = pieces & (all_text | (some & (u_text[:, :T] < p)))
+    special = sorted(
+        (c.pad_token_id, c.unk_token_id, c.cls_token_id, c.sep_token_id, c.mask_token_id)
+    )
+    word = (which[:, :T] * (c.vocab_size - len(special))).long()
+    for token in special:  # a random word is never special: count past those below it
+        word += word >= token
+    how = how[:, :T]
+    read = torch.where(how < 0.9, word, batch.text)
+    read = torch.where((how < 0.8) | all_text, c.mask_token_id, read)
+    text = torch.where(text_hidden, read, batch.text)
+    return Batch(
+        batch.video,
+        batch.video_valid,
+        text,
+        batch.text_valid,
+        video_hidden,
+        text_hidden,
+        batch.text,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Clips and batches
+
+
+def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Join the ranges [first, first + length) into one index.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    shift = np.repeat(first - (np.cumsum(length) - length), length)
+    return shift + np.arange(length.sum())
+
+
+def ragged(flat: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Lay rows of a flat (N, ...) out as (B, width, ...), zeros behind: also valid (B, width)."""
+    valid = torch.arange(width) < length[:, None]
+    out = flat.new_zeros(*valid.shape, *flat.shape[1:])
+    out[valid] = flat
+    return out, valid
+
+
+def lay_out(
+    video: np.ndarray, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
+):
+    """Build a Batch of flat rows: video (sum of seconds, E), text (sum of pieces,), counts (B,)."""
+    n_video, n_text = torch.from_numpy(seconds).long(), torch.from_numpy(pieces).long()
+    video, video_valid = ragged(torch.from_numpy(video), n_video, max(1, int(n_video.max())))
+    ids = torch.from_numpy(text.astype(np.int64))
+    text, real = ragged(ids, n_text, int(n_text.max()) + 1)
+    text = text.masked_fill(~real, c.pad_token_id)
+    text[torch.arange(len(n_text)), n_text] = c.sep_token_id
+    text_valid = torch.arange(text.shape[1]) <= n_text[:, None]
+    return Batch(video, video_valid, text, text_valid)
+
+
+@dataclass
+class Corpus:
+    """Narrated videos to draw clips from; every draw depends on (seed, epoch, video, clip) alone.
+
+    features, captions: the stores. ids: the videos of this split, with features and captions.
+    seed. clips_per_video: clips of one video in a draw. min_text: shortest text in word pieces.
+    mmm: share of clips that lose a whole modality. c: sizes.
+    """
+
+    features: FeatureStore
+    captions: Captions
+    ids: list[str]
+    c: VLMConfig
+    seed: int = 0
+    clips_per_video: int = 32
+    min_text: int = 8
+    mmm: float = 0.5
+
+    MAX_TEXT = 64  # word pieces (sec. 5.2)
+
+    def order(self, epoch: int) -> list[int]:
+        """Shuffle the videos of one epoch."""
+        if getattr(self, "_order", (None,))[0] != epoch:
+            g = generator(self.seed, epoch)
+            self._order = epoch, torch.randperm(len(self.ids), generator=g).tolist()
+        return self._order[1]
+
+    def step(self, step: int, batch: int, part: int = 0, parts: int = 1) -> Batch:
+        """Draw one part of optimizer step `step`'s global batch, tokens hidden.
+
+        Videos stream by, epoch after epoch, `clips_per_video` clips each; a step takes the next
+        `batch` clips, and part i of n the i-th n-th of those: who computes what changes nothing.
+        """
+        size = batch // parts
+        draws = []
+        for n in range(step * batch + part * size, step * batch + (part + 1) * size):
+            slot, clip = divmod(n, self.clips_per_video)
+            epoch, place = divmod(slot, len(self.ids))
+            draws.append((epoch, self.order(epoch)[place], clip))
+        return self.clips(draws)
+
+    def clips(self, draws: list[tuple[int, int, int]]) -> Batch:
+        """Draw clips (epoch, index into ids, clip number): a Batch with hidden tokens."""
+        cap, c = self.captions, self.c
+        groups = [(*key, [d[2] for d in g]) for key, g in itertools.groupby(draws, lambda d: d[:2])]
+        growth = self.MAX_TEXT
+        u = []
+        for epoch, video, clips in groups:
+            g = generator(self.seed, epoch, zlib.crc32(self.ids[video].encode()))
+            rows = torch.rand(max(clips) + 1, 2 + growth + uniforms(c), generator=g)
+            u.append(rows[clips])
+        u = torch.cat(u)
+
+        # sizes of each clip's video, (B,) each
+        ids = [self.ids[video] for _, video, _ in groups]
+        times = [len(clips) for _, _, clips in groups]
+        seconds = np.repeat([len(self.features.open(video)) for video in ids], times)
+        v = np.repeat([cap.index[video] for video in ids], times)
+        lo, hi = self.grow(v, seconds, u[:, : 2 + growth].numpy())
+
+        # the clip's seconds of video, its first 32, and its first 61 word pieces
+        start = np.minimum(np.floor(cap.start[lo]).astype(np.int64), seconds)
+        end = np.maximum(np.ceil(cap.end[hi - 1]).astype(np.int64), start + 1)
+        n_video = np.minimum(np.minimum(end, seconds) - start, c.max_video_len)
+        first = cap.first_token[lo]
+        n_text = np.minimum(cap.first_token[hi] - first, c.max_text_len - 1)
+        rows, at = [], np.cumsum([0, *times])
+        for i, video in enumerate(ids):
+            mine = slice(at[i], at[i + 1])
+            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine])))
+        text = cap.tokens[ranges(first, n_text)]
+        batch = lay_out(np.concatenate(rows), n_video, text, n_text, c)
+        return hide(batch, u[:, 2 + growth :], c, self.mmm)
+
+    def grow(
+        self, v: np.ndarray, seconds: np.ndarray, u: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose each clip's captions [lo, hi): around a random one, neighbours before or after at
+        random until the text has U{min_text..64} word pieces or the video is used up (sec. 5.2)."""
+        cap = self.captions
+        first, last = cap.first_caption[v], cap.first_caption[v + 1]
+        # Captions that begin after the last feature row have no video: left out, but for one.
+        last = np.maximum(np.minimum(last, self._begun(v, seconds)), first + 1)
+        target = self.min_text + np.floor(u[:, 0] * (self.MAX_TEXT - self.min_text + 1))
+        lo = first + np.floor(u[:, 1] * (last - first)).astype(np.int64)
+        hi = lo + 1
+        for toss in u[:, 2:].T:
+            short = (cap.first_token[hi] - cap.first_token[lo] < target) & (hi - lo < last - first)
+            if not short.any():
+                break
+            before = ((toss < 0.5) | (hi == last)) & (lo > first)
+            lo, hi = lo - (short & before), hi + (short & ~before)
+        return lo, hi
+
+    def _begun(self, v: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """Find the end of the captions that start inside the features, for each clip's video."""
+        cap = self.captions
+        out = np.empty(len(v), dtype=np.int64)
+        for i in np.unique(v):
+            a, b = cap.first_caption[i], cap.first_caption[i + 1]
+            out[v == i] = a + np.searchsorted(cap.start[a:b], seconds[v == i][0])
+        return out
+
+
+def generator(*key: int) -> torch.Generator:
+    """Seed a generator from several numbers at once."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def open_corpus(
+    data: str | Path, features: FeatureStore, captions: Captions, split: str, c: VLMConfig,
+    bad: Callable = stop, **settings,
+) -> tuple[Corpus, list[str]]:  # fmt: skip
+    """Open the videos of DATA/<split>.lst.
+
+    Returns: the corpus, and lines that say what was left out and why.
+    Raises:  DataError for an id without captions, or when no video is left.
+    """
+    path = Path(data) / f"{split}.lst"
+    listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    count = np.diff(captions.first_caption)
+    ids, silent, unseen = [], [], []
+    for video in listed:
+        if video not in captions.index:
+            bad(f"{path}: {video} is not in raw_caption.json, which has {len(captions.ids)} ids")
+        elif video not in features:
+            unseen.append(video)
+        elif not count[captions.index[video]]:
+            silent.append(video)
+        else:
+            ids.append(video)
+    said = []
+    for names, why in ((unseen, "no features"), (silent, "no captions")):
+        if names:
+            said.append(
+                f"{split}: {len(names)} of {len(listed)} videos have {why}, first {names[0]}"
+            )
+    if not ids:
+        raise DataError(f"{path}: none of its {len(listed)} videos has features and captions")
+    return Corpus(features, captions, ids, c, **settings), said
+
+
+def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VLMConfig) -> Batch:
+    """Build a Batch of given clips with their texts, nothing hidden: at most their first 32 s."""
+    rows, n_video = [], []
+    for clip in clips:
+        seconds = len(features.open(clip.video))
+        start = min(math.floor(clip.start), seconds - 1)
+        end = min(
+            seconds, max(math.ceil(min(clip.end, seconds)), start + 1), start + c.max_video_len
+        )
+        rows.append(features.rows(clip.video, np.arange(start, end)))
+        n_video.append(end - start)
+    texts = tokenizer.encode_batch([clip.text for clip in clips], add_special_tokens=False)
+    ids = [text.ids[: c.max_text_len - 1] for text in texts]
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
+    n_text = np.array([len(x) for x in ids])
+    return lay_out(np.concatenate(rows), np.array(n_video), flat, n_text, c)
+
+
+# ---------------------------------------------------------------------------------------------
+# python data.py check | toy | pack
+
+
+def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
+    """Walk a folder, print what is in it and what is wrong; return the number of problems."""
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder")
+    bad = Bad()
+    try:
+        store = open_features(data, features)
+        print(f"features    {len(store)} videos, {store.width} wide, in {len(store.files)} places")
+        check_features(store, bad, scan)
+    except DataError as error:
+        bad(str(error))
+        store = {}
+    wanted: dict[str, list[str]] = {}  # part -> video ids that need features
+    if (data / "raw_caption.json").exists() or (data / "captions").is_dir():
+        try:
+            wanted |= check_narration(data, store, tokenizer, bad)
+        except ValueError as error:
+            bad(str(error))
+    readers = {
+        "msrvtt": read_msrvtt,
+        "youcook2": read_youcook2,
+        "coin": read_coin,
+        "crosstask": read_crosstask,
+    }
+    found = []
+    for name, read in readers.items():
+        if (data / name).is_dir():
+            found.append(name)
+            try:
+                wanted |= check_benchmark(name, read(data / name, bad), store, bad)
+            except DataError as error:
+                bad(str(error))
+    if not wanted and not found:
+        bad(f"{data}: no raw_caption.json and none of {', '.join(readers)}: nothing to train on")
+    for part, ids in wanted.items():
+        missing = sorted({video for video in ids if video not in store})
+        if missing:
+            bad(f"{part}: {len(missing)} of {len(set(ids))} videos have no features, first "
+                f"{missing[0]}: extract them, or they are left out")  # fmt: skip
+    print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
+    for message in bad.messages[:20]:
+        print(f"  {message}")
+    if len(bad.messages) > 20:
+        print(f"  and {len(bad.messages) - 20} more")
+    return len(bad.messages)
+
+
+def check_features(store: FeatureStore, bad: Callable, scan: bool) -> None:
+    """Open every feature array, and read it whole when `scan`."""
+    seconds, begun, shown = 0, time.monotonic(), time.monotonic()
+    for i, video in enumerate(store.place):
+        try:
+            n = len(store.open(video))
+            if scan:
+                store.rows(video, np.arange(n))
+            seconds += n
+        except DataError as error:
+            bad(str(error))
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            left = (shown - begun) / (i + 1) * (len(store) - i - 1)
+            print(f"  {i + 1} of {len(store)} videos, {left:.0f} s left", file=sys.stderr)
+    print(f"            {seconds} seconds of video, {seconds / 3600:.1f} hours")
+
+
+def check_narration(
+    data: Path, store, tokenizer: Tokenizer | None, bad: Callable
+) -> dict[str, list[str]]:
+    """Report the narration: captions, repeats, tokens a second, captions without video."""
+    if tokenizer is None:
+        tokenizer = load_tokenizer(data) if (data / "tokenizer.json").exists() else _words()
+    captions = open_captions(data, tokenizer, bad)
+    C = len(captions.start)
+    share = captions.removed / max(1, captions.words)
+    print(f"captions    {len(captions.ids)} videos, {C} captions, {captions.words} words")
+    print(f"            {captions.removed} words ({share:.1%}) removed as repeats")
+    counts = np.diff(captions.first_caption)
+    if store:
+        seen = [i for i, v in enumerate(captions.ids) if v in store and counts[i]]
+        late = total = 0
+        for i in seen:
+            try:
+                n = len(store.open(captions.ids[i]))
+            except DataError:
+                continue  # counted where the features were read
+            late += int(
+                (
+                    captions.start[captions.first_caption[i] : captions.first_caption[i + 1]] >= n
+                ).sum()
+            )
+            total += n
+        rate = len(captions.tokens) / max(1, total)
+        print(f"            {rate:.1f} tokens a second of video")
+        if late:
+            bad(f"captions: {late} start after the last feature row; no clip is drawn around them")
+    wanted = {}
+    for split in ("train", "val"):
+        if (path := data / f"{split}.lst").exists():
+            ids = read_text(path).split()
+            print(f"{split}.lst".ljust(12) + f"{len(ids)} videos")
+            for video in ids:
+                if video not in captions.index:
+                    bad(f"{path}: {video} is not in raw_caption.json")
+            wanted[f"{split}.lst"] = ids
+        else:
+            bad(f"{path}: no such file; write one video id a line")
+    return wanted
+
+
+def _words() -> Tokenizer:
+    """Split at blanks: enough to count words where no vocabulary is at hand."""
+    from tokenizers import models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, list[str]]:
+    """Print one benchmark's counts, report segments past the end; return ids that need features."""
+    clips: dict[str, list[Clip]] = {}
+    if name == "msrvtt":
+        clips = {"train": found["train"], "test": found["test"]}
+        clips["QA"] = [Clip(video, answers[right]) for video, answers, right in found["qa"]]
+    elif name == "youcook2":
+        clips = found
+    elif name == "coin":
+        clips = {k: [c for video in v.values() for c in video] for k, v in found.items()}
+    else:
+        print(f"crosstask   {len(found['primary'])} primary tasks of {len(found['tasks'])}")
+        for split in ("training", "validation"):
+            clips[split] = [
+                Clip(video, found["tasks"][task][step], start, end)
+                for task, video in found[split]
+                for step, start, end in found["steps"].get((task, video), [])
+            ]
+            print(f"            {split}: {len(found[split])} videos")
+    wanted = {}
+    for split, items in clips.items():
+        ids = [clip.video for clip in items]
+        wanted[f"{name} {split}"] = ids
+        line = f"{split}: {len(items)} texts in {len(set(ids))} videos"
+        if name == "coin":
+            line += f", {len({clip.key for clip in items})} labels"
+        print(f"{name:12}{line}")
+        past = []
+        for clip in items:
+            try:
+                if (
+                    clip.video in store
+                    and clip.end < math.inf
+                    and clip.start >= len(store.open(clip.video))
+                ):
+                    past.append(clip)
+            except DataError:
+                continue  # counted where the features were read
+        if past:
+            bad(f"{name} {split}: {len(past)} segments begin after the last feature row, first "
+                f"{past[0].video} at {past[0].start:g} s")  # fmt: skip
+    return wanted
+
+
+def pack(data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float) -> None:
+    """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is."""
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty; give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = sorted(p for p in data.glob("features*") if p.is_dir())
+    if not folders:
+        raise DataError(f"{data}: no features/ folder to pack")
+    for folder in folders:
+        store, shard, size, n = FeatureStore(folder), {}, 0, 0
+        (out / folder.name).mkdir()
+        for i, video in enumerate(sorted(store.place)):
+            x = np.array(store.open(video)[:])
+            shard[video], size = x, size + x.nbytes
+            if size >= shard_mb * 1e6 or i == len(store) - 1:
+                save_file(shard, out / folder.name / f"shard-{n:05d}.safetensors")
+                shard, size, n = {}, 0, n + 1
+        print(f"{folder.name}: {len(store)} videos in {n} shards")
+    raw = data / "raw_caption.json"
+    if raw.exists() and tokenizer is None and (data / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(data)
+    flat = raw.exists() and tokenizer is not None
+    if flat:
+        captions = Captions.from_json(raw, tokenizer)
+        captions.save(out / "captions", tokenizer)
+        print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
+    elif raw.exists():
+        print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
+    for path in sorted(data.iterdir()):
+        if path.is_dir() and path not in folders:
+            shutil.copytree(path, out / path.name)
+        elif path.is_file() and not (flat and path == raw):
+            shutil.copyfile(path, out / path.name)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of this file's commands."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    a = commands.add_parser(
+        "check", help="print counts, missing features, bad rows; exit code 1 if any"
+    )
+    a.add_argument("data", type=Path, help="the folder, laid out as at the top of data.py")
+    a.add_argument("--features", help="features elsewhere (a folder of .npy or of shards)")
+    a.add_argument(
+        "--bert", help="count word pieces with this vocabulary (default: DATA's own, or words)"
+    )
+    a.add_argument(
+        "--headers", action="store_true", help="open features without reading them whole"
+    )
+    a = commands.add_parser("toy", help="write the toy world")
+    a.add_argument("dir", type=Path, help="a new folder")
+    a.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
+    a = commands.add_parser("pack", help="pack features into shards and captions into flat arrays")
+    a.add_argument("data", type=Path, help="the folder to pack")
+    a.add_argument("--out", type=Path, required=True, help="a new folder, to be given as --data")
+    a.add_argument("--bert", help="vocabulary to tokenise the captions with (default: DATA's own)")
+    a.add_argument(
+        "--shard-mb", type=float, default=1000, help="size of a shard in MB (default 1000)"
+    )
+    args = parser.parse_args(argv)
+    if args.command == "toy":
+        write_toy(args.dir, args.seed)
+        print(f"toy world written to {args.dir}")
+        return 0
+    tokenizer = load_tokenizer(args.bert) if args.bert else None
+    if args.command == "pack":
+        pack(args.data, args.out, tokenizer, args.shard_mb)
+        return 0
+    return 1 if check(args.data, args.features, tokenizer, not args.headers) else 0
+
+
+if __name__ == "__main__":
+    run(main)

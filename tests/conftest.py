@@ -1,0 +1,33 @@
+"""What several test files need: the toy world, and where real data may lie."""
+
+from pathlib import Path
+
+import pytest
+
+from toy import write_toy
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """Write the toy world once for all tests (two seconds)."""
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    write_toy(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_toy(tmp_path_factory) -> Path:
+    """Write a twentieth of the toy world: 30 narrated videos, 15 test clips."""
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    write_toy(folder, scale=0.05)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder of real data beside the repository, or skip."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no real data: {SHARED.name}/data is not beside the repository")
+    return SHARED / "data"

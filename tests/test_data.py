@@ -1,0 +1,532 @@
+"""The data side: stores, de-duplication, clips, masking, the benchmarks' files, bad input."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import BertWordPieceTokenizer
+
+import data
+from benchmarks import Bad, Clip, read_coin, read_crosstask, read_msrvtt, read_youcook2
+from data import Captions, Corpus, DataError, FeatureStore, deduplicate, hide, pairs, uniforms
+from toy import OBJECTS, TOOLS, VERBS, write_toy
+from vlm import VLMConfig, load_tokenizer
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(toy) -> Corpus:
+    """The toy world's training videos, four clips each a draw."""
+    tokenizer = load_tokenizer(toy)
+    c = VLMConfig(max_position_embeddings=96, **data.special_ids(tokenizer))
+    features, captions = data.open_features(toy), data.open_captions(toy, tokenizer)
+    return data.open_corpus(toy, features, captions, "train", c, clips_per_video=4, seed=5)[0]
+
+
+def same(a, b) -> bool:
+    """Tell whether two batches are equal, padding aside."""
+    parts = []
+    for batch in (a, b):
+        v, t = batch.video_valid, batch.text_valid
+        rows = [v.sum(1), t.sum(1), batch.video[v], batch.video_hidden[v]]
+        parts.append(rows + [x[t] for x in (batch.text, batch.text_hidden, batch.text_target)])
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(*parts, strict=True))
+
+
+# ---- de-duplication
+
+
+@pytest.mark.parametrize(
+    "captions, kept, removed",
+    [
+        # the end of one at the start of the next, in time too: said once, and later
+        (
+            [(0, 3, "now cut the onion"), (2, 5, "the onion and stir")],
+            [(0, 3, "now cut the onion"), (3, 5, "and stir")],
+            2,
+        ),
+        # the same words, but one after the other: really said twice
+        (
+            [(0, 2, "cut the onion"), (2, 5, "the onion is red")],
+            [(0, 2, "cut the onion"), (2, 5, "the onion is red")],
+            0,
+        ),
+        # rolling captions: each holds all of the one before; the whole repeat goes
+        (
+            [(0, 2, "a b"), (1, 3, "a b"), (1.5, 4, "a b c d")],
+            [(0, 3, "a b"), (3, 4, "c d")],
+            4,
+        ),
+        # the longest overlap counts, whatever its letters' case; order of input does not
+        (
+            [(1, 4, "The Pan the pan now"), (0, 2, "heat the pan the pan")],
+            [(0, 2, "heat the pan the pan"), (2, 4, "now")],
+            4,
+        ),
+        ([], [], 0),
+    ],
+)
+def test_repeats_of_overlapping_captions_are_said_once(captions, kept, removed):
+    """Catches overlaps cut at the wrong word, real repetitions cut, words lost or kept twice."""
+    assert deduplicate(captions) == (kept, removed)
+
+
+def test_real_captions_lose_exactly_the_repeats_their_makers_put_in(shared):
+    """The data's own description counts 4,603 captions that repeat the last 2-5 words before them.
+
+    Two of them also repeat one word by chance, which overlaps in time and so is taken away as well.
+    """
+    videos = data.read_json(shared / "workouts" / "raw_caption.json", dict)
+    repeats, removed, words = 0, 0, 0
+    for video, entry in videos.items():
+        rows = sorted(data.good_captions("", video, entry, data.stop))
+        kept, n = deduplicate(rows)
+        lengths = [(len(r[2].split()), len(k[2].split())) for r, k in zip(rows, kept, strict=True)]
+        repeats += sum(a != b for a, b in lengths)
+        removed += n
+        words += sum(a for a, _ in lengths)
+    print(f"{removed} of {words} words removed as repeats, in {repeats} captions")
+    assert (repeats, words) == (4603, 135027)
+    assert removed == 16017
+
+
+# ---- stores
+
+
+def test_shards_and_packed_captions_equal_the_files_they_were_packed_from(toy, tmp_path):
+    """Catches rows, captions or benchmarks lost or moved by `pack`."""
+    data.main(["pack", str(toy), "--out", str(tmp_path / "packed"), "--shard-mb", "2"])
+    assert len(list((tmp_path / "packed" / "features").glob("*.safetensors"))) > 1
+    loose, packed = data.open_features(toy), data.open_features(tmp_path / "packed")
+    assert loose.place.keys() == packed.place.keys() and packed.width == loose.width
+    for video in list(loose.place)[::97]:
+        rows = np.array([3, 0, 2])
+        assert np.array_equal(loose.rows(video, rows), packed.rows(video, rows))
+        assert len(loose.open(video)) == len(packed.open(video))
+    tokenizer = load_tokenizer(toy)
+    raw, flat = (data.open_captions(d, tokenizer) for d in (toy, tmp_path / "packed"))
+    assert raw.ids == flat.ids and (raw.words, raw.removed) == (flat.words, flat.removed)
+    assert all(np.array_equal(getattr(raw, n), getattr(flat, n)) for n in Captions.ARRAYS)
+    assert isinstance(flat.tokens, np.memmap)
+    assert read_coin(tmp_path / "packed" / "coin") == read_coin(toy / "coin")
+    other = BertWordPieceTokenizer({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+    with pytest.raises(DataError, match="another vocabulary"):
+        data.open_captions(tmp_path / "packed", other._tokenizer)
+
+
+def test_captions_are_flat_tokens_of_the_cleaned_text(corpus, toy):
+    """Catches an offset that is one caption or one token off."""
+    tokenizer, cap = load_tokenizer(toy), corpus.captions
+    raw = json.loads((toy / "raw_caption.json").read_text())
+    for video in cap.ids[::50]:
+        rows, _ = deduplicate(
+            list(zip(*(raw[video][k] for k in ("start", "end", "text")), strict=True))
+        )
+        i = cap.index[video]
+        span = range(cap.first_caption[i], cap.first_caption[i + 1])
+        assert len(rows) == len(span)
+        for k, (start, end, text) in zip(span, rows, strict=True):
+            ids = cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist()
+            assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+            assert (cap.start[k], cap.end[k]) == (start, end)
+
+
+def test_a_special_token_written_in_a_caption_is_words(toy):
+    """`[SEP]` typed by somebody must not end the text (tokenizers would make it the token)."""
+    tokenizer = load_tokenizer(toy)
+    ids = tokenizer.encode("now [SEP] or [MASK]", add_special_tokens=False).ids
+    assert not {tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[MASK]")} & set(ids)
+
+
+# ---- clips
+
+
+def slow_clip(cap, i: int, seconds: int, u: list[float], min_text: int, c: VLMConfig):
+    """Sample one clip as sec. 5.2 says, caption by caption: (word pieces, its seconds)."""
+    captions = range(cap.first_caption[i], cap.first_caption[i + 1])
+    captions = [k for k in captions if cap.start[k] < seconds] or [captions[0]]
+    target = min_text + int(u[0] * (64 - min_text + 1))
+    clip = [captions[int(u[1] * len(captions))]]
+    tosses = iter(u[2:])
+
+    def pieces(k: int) -> list[int]:
+        return cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist()
+
+    while sum(len(pieces(k)) for k in clip) < target and len(clip) < len(captions):
+        before = next(tosses) < 0.5
+        before = clip[0] > captions[0] and (before or clip[-1] == captions[-1])
+        clip = [clip[0] - 1, *clip] if before else [*clip, clip[-1] + 1]
+    text = [token for k in clip for token in pieces(k)][: c.max_text_len - 1]
+    start, end = math.floor(cap.start[clip[0]]), math.ceil(cap.end[clip[-1]])
+    return text, list(range(start, min(max(end, start + 1), seconds, start + c.max_video_len)))
+
+
+@pytest.mark.parametrize("min_text", [8, 16])
+def test_clips_equal_a_caption_by_caption_loop(corpus, min_text):
+    """Catches a clip grown the wrong way, cut at the wrong piece, or shown the wrong seconds."""
+    corpus = dataclasses.replace(corpus, min_text=min_text)
+    cap, c = corpus.captions, corpus.c
+    draws = [(e, v, k) for e, v in ((0, 0), (0, 7), (3, 7), (1, 399)) for k in (0, 1, 5)]
+    batch = corpus.clips(draws)
+    for row, (epoch, v, k) in enumerate(draws):
+        video = corpus.ids[v]
+        g = data.generator(corpus.seed, epoch, data.zlib.crc32(video.encode()))
+        u = torch.rand(k + 1, 2 + 64 + uniforms(c), generator=g)[k].tolist()
+        x = corpus.features.open(video)
+        text, seconds = slow_clip(cap, cap.index[video], len(x), u[:66], min_text, c)
+        assert batch.text_target[row][batch.text_valid[row]].tolist() == [*text, c.sep_token_id]
+        assert torch.equal(
+            batch.video[row][batch.video_valid[row]], torch.tensor(x[seconds]).float()
+        )
+
+
+def test_a_clip_depends_on_seed_epoch_video_and_clip_alone(corpus):
+    """Catches a draw that changes with the rank, the batch it is in, or the clips beside it."""
+    whole = corpus.step(3, 24)
+    for parts in (2, 3, 4):
+        split = [corpus.step(3, 24, part, parts) for part in range(parts)]
+        size = 24 // parts
+        for i, part in enumerate(split):
+            mine = [x[i * size : (i + 1) * size] for x in whole.fields()]
+            assert same(part, data.Batch(*mine))
+    alone, among = corpus.clips([(0, 9, 3)]), corpus.clips([(0, 9, 0), (0, 9, 3), (0, 2, 1)])
+    assert same(alone, data.Batch(*(x[1:2] for x in among.fields())))
+    for other in ({"seed": 6}, {"min_text": 9}):
+        assert not same(whole, dataclasses.replace(corpus, **other).step(3, 24))
+    assert not same(corpus.clips([(1, 9, 3)]), alone)
+
+
+def test_an_epoch_shows_every_video_once_and_epochs_differ(corpus):
+    """Catches videos dropped at the end of an epoch, and an order that never changes."""
+    n, orders = len(corpus.ids), [corpus.order(e) for e in (0, 1, 0)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert orders[0] == orders[2] != orders[1]
+    seen = []
+    few = dataclasses.replace(corpus, ids=corpus.ids[:5], clips_per_video=2)
+    few.clips = lambda draws: seen.extend(draws)
+    for step in range(5):
+        few.step(step, 6)  # 30 clips are three epochs of 5 videos x 2 clips; steps straddle epochs
+    assert sorted(seen) == [(e, v, k) for e in range(3) for v in range(5) for k in range(2)]
+
+
+def test_text_lengths_are_uniform_before_the_last_caption_overshoots(corpus):
+    """The wanted length is U{8..64}: with captions of one piece each it is met exactly.
+
+    2,000 draws over 57 lengths: chi-square with 56 degrees of freedom is below 100.9 but once in
+    5,000 times; the seed is fixed. Lengths above 61 are cut to 61 (three lengths fall together).
+    """
+    n = 400
+    arrays = dict(first_caption=[0, n], start=range(n), end=range(1, n + 1))
+    arrays |= dict(first_token=range(n + 1), tokens=[7] * n)
+    cap = Captions(["v"], {k: np.array(x) for k, x in arrays.items()})
+    many = dataclasses.replace(corpus, captions=cap, ids=["v"])
+    u = torch.rand(2000, 66, generator=torch.Generator().manual_seed(1)).numpy()
+    lo, hi = many.grow(np.zeros(2000, int), np.full(2000, n), u)
+    count = np.bincount(hi - lo, minlength=65)[8:]
+    assert count.sum() == 2000 and len(count) == 57
+    assert ((count - 2000 / 57) ** 2 / (2000 / 57)).sum() < 100.9
+    assert (lo >= 0).all() and (hi <= n).all()
+
+
+def test_captions_after_the_last_feature_row_are_not_drawn(corpus, tmp_path):
+    """Catches clips with text but no video, where the features end before the narration does."""
+    video = corpus.ids[0]
+    np.save(tmp_path / f"{video}.npy", np.ones((9, 64), np.float16))
+    short = dataclasses.replace(corpus, features=FeatureStore(tmp_path), ids=[video])
+    batch = short.clips([(0, 0, k) for k in range(64)])
+    assert batch.video_valid.any(1).all()
+
+
+def test_given_clips_are_their_first_32_seconds_and_61_pieces(corpus, toy):
+    """Catches a query that is cut early, late, or loses its [SEP]."""
+    tokenizer, c, video = load_tokenizer(toy), corpus.c, corpus.ids[0]
+    x = corpus.features.open(video)
+    clips = [
+        Clip(video, "the the the", 2.4, 5.2),
+        Clip(video, "the " * 70),
+        Clip(video, "", 3, 3),
+    ]
+    batch = pairs(corpus.features, clips, tokenizer, c)
+    assert batch.video_valid.sum(1).tolist() == [4, 32, 1]
+    assert torch.equal(batch.video[0, :4], torch.tensor(x[2:6]).float())
+    assert batch.text_valid.sum(1).tolist() == [4, 62, 1]
+    assert (batch.text[torch.arange(3), batch.text_valid.sum(1) - 1] == c.sep_token_id).all()
+    assert (batch.text[~batch.text_valid] == c.pad_token_id).all()
+
+
+# ---- masking
+
+
+def plain_batch(B: int, V: int, T: int, c: VLMConfig):
+    """B clips of V seconds and T - 1 word pieces."""
+    seconds, pieces = np.full(B, V), np.full(B, T - 1)
+    words = np.random.default_rng(0).integers(5, c.vocab_size, B * (T - 1))
+    return data.lay_out(np.ones((B * V, 3), np.float32), seconds, words, pieces, c)
+
+
+def within(share: float, p: float, n: int) -> bool:
+    """Tell whether a share of n trials of chance p is within 4.5 deviations (1 in 150,000)."""
+    return abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
+
+
+@pytest.mark.parametrize("mmm", [0.5, 0.0, 0.3, 0.7, 1.0])
+def test_masking_has_the_paper_s_frequencies(mmm):
+    """Sec. 5.2, within 4.5 binomial deviations of 8,000 clips: who is hidden, what is read."""
+    c = VLMConfig(vocab_size=50, pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3)
+    c.mask_token_id, B, V, T = 4, 8000, 11, 13
+    g = torch.Generator().manual_seed(3)
+    b = hide(plain_batch(B, V, T, c), torch.rand(B, uniforms(c), generator=g), c, mmm)
+    whole_video = b.video_hidden.all(1) & ~b.text_hidden.any(1)
+    whole_text = b.text_hidden[:, :-1].all(1) & ~b.video_hidden.any(1)
+    assert within(whole_video.float().mean(), mmm / 2, B)
+    assert within(whole_text.float().mean(), mmm / 2, B)
+    assert (b.text[whole_text][:, :-1] == c.mask_token_id).all()  # nothing stays readable
+    some = ~whole_video & ~whole_text
+    assert within(some.float().mean(), 1 - mmm, B)
+    if mmm == 1:
+        return
+    n = int(some.sum())
+    assert within(b.video_hidden[some].float().mean(), 0.15, n * V)
+    hidden = b.text_hidden[some][:, :-1]
+    assert within(hidden.float().mean(), 0.15, n * (T - 1))
+    read, target = b.text[some][:, :-1][hidden], b.text_target[some][:, :-1][hidden]
+    M, other = len(read), 44 / 45  # a random word is the word itself once in 45 times
+    assert within((read == c.mask_token_id).float().mean(), 0.8, M)
+    assert within((read == target).float().mean(), 0.1 + 0.1 / 45, M)
+    random = read[(read != c.mask_token_id) & (read != target)]
+    assert within(len(random) / M, 0.1 * other, M)
+    assert random.min() >= 5 and random.max() <= 49 and len(random.unique()) == 45
+
+
+def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
+    """Catches a hidden [SEP] or [PAD], a target that is not the original, a changed feature."""
+    c = VLMConfig(vocab_size=50, pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3)
+    c.mask_token_id = 4
+    rows, pieces = np.array([5, 2, 1]), np.array([0, 3, 6])
+    video, words = np.ones((8, 3), np.float32), np.arange(10, 19)
+    plain = data.lay_out(video, rows, words, pieces, c)
+    for scheme in (0.1, 0.3, 0.9):
+        u = torch.zeros(3, uniforms(c))
+        u[:, 0] = scheme
+        b = hide(plain, u, c)
+        assert not (b.video_hidden & ~b.video_valid).any()
+        assert not (b.text_hidden & (~b.text_valid | (plain.text == c.sep_token_id))).any()
+        assert torch.equal(b.text_target, plain.text) and torch.equal(b.video, plain.video)
+        assert torch.equal(b.text[~b.text_hidden], plain.text[~b.text_hidden])
+    for wrong in ({"mmm": 1.2}, {"p": -0.1}):
+        with pytest.raises(ValueError, match=r"wanted in 0\.\.1"):
+            hide(plain, torch.zeros(3, uniforms(c)), c, **wrong)
+
+
+# ---- the benchmarks' files
+
+
+def test_the_toy_world_is_the_same_every_time_and_holds_its_tests_out(toy, tmp_path):
+    """Catches an unseeded draw (another process, another hash order) and a leaked combination."""
+    code = f"import toy; toy.write_toy({str(tmp_path / 'again')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+    names = sorted(p.relative_to(toy) for p in toy.rglob("*") if p.is_file())
+    assert names == sorted(
+        p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file()
+    )
+    assert all((toy / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+
+    def steps(texts) -> set:
+        """Find `verb the object with the tool` in texts, synonyms made one."""
+        found = re.findall(r"(\w+) the (\w+) (?:with|using|in) the (\w+)", " / ".join(texts))
+        number = [{w: i for i, ws in enumerate(c) for w in ws} for c in (VERBS, OBJECTS, TOOLS)]
+        return {tuple(n[w] for n, w in zip(number, words, strict=True)) for words in found}
+
+    clips = read_msrvtt(toy / "msrvtt")
+    test, seen = (steps(clip.text for clip in clips[split]) for split in ("test", "train"))
+    videos = json.loads((toy / "raw_caption.json").read_text()).values()
+    said = steps(text for video in videos for text in video["text"])
+    assert (len(test), len(seen) > 400, len(said) > 900) == (300, True, True)
+    assert not test & (seen | said)
+    with pytest.raises(ValueError, match="not empty"):
+        write_toy(toy)
+
+
+def test_real_annotation_files_are_read_whole(shared):
+    """Counts as the data's own description gives them, found there by other programs."""
+    youcook2 = read_youcook2(shared / "annotations" / "youcook2")
+    count = {k: (len({c.video for c in v}), len(v)) for k, v in youcook2.items()}
+    assert count == {"training": (1333, 10337), "validation": (457, 3492)}
+    coin = read_coin(shared / "annotations" / "coin")["training"]
+    clips = [clip for video in coin.values() for clip in video]
+    assert (len(coin), len(clips), len({c.key for c in clips})) == (7064, 27826, 718)
+    assert len(read_msrvtt(shared / "annotations" / "msrvtt")["test"]) == 1000
+    workouts = shared / "workouts"
+    msrvtt = read_msrvtt(workouts / "msrvtt")
+    assert [len(msrvtt[k]) for k in ("train", "test", "qa")] == [4410, 129, 129]
+    cross = read_crosstask(workouts / "crosstask")
+    assert len(cross["primary"]) == 18 and len(cross["tasks"]) == 19
+    assert (
+        len(cross["training"]) + len(cross["validation"]) == 157 and len(cross["validation"]) == 72
+    )
+    assert sum(map(len, cross["steps"].values())) == 919
+
+
+def test_check_counts_what_is_there_and_what_is_missing(shared, toy, capsys):
+    """`check` on whole data finds no problem; annotations alone are missing their features."""
+    assert data.main(["check", str(shared / "workouts"), "--headers"]) == 0
+    out = capsys.readouterr().out
+    for line in ("1191 videos, 512 wide", "8358 captions, 135027 words", "16017 words",
+                 "283 videos",                 "18 primary tasks of 19", "no problems"):  # fmt: skip
+        assert line in out
+    assert data.main(["check", str(shared / "annotations")]) == 1
+    out = capsys.readouterr().out
+    assert "1333 of 1333 videos have no features" in out and "718 labels" in out
+
+
+def spoil_narration(path, change):
+    """Change raw_caption.json in place."""
+    captions = json.loads((path / "raw_caption.json").read_text())
+    change(captions)
+    (path / "raw_caption.json").write_text(json.dumps(captions))
+
+
+def first(captions):
+    """Give the first video's captions."""
+    return captions["how_train_0000"]
+
+
+SPOILT = {
+    "missing folder": (lambda d: shutil.rmtree(d), "no "),
+    "empty features": (
+        lambda d: (shutil.rmtree(d / "features"), (d / "features").mkdir()),
+        "empty; wanted <video_id>.npy",
+    ),
+    "no features": (lambda d: shutil.rmtree(d / "features"), "no features/ folder"),
+    "wrong width": (
+        lambda d: np.save(d / "features" / "how_train_0003.npy", np.ones((90, 48), np.float16)),
+        r"how_train_0003 has features \(90, 48\), wanted \(seconds, 64\)",
+    ),
+    "wrong dtype": (
+        lambda d: np.save(d / "features" / "how_train_0003.npy", np.ones((90, 64))),
+        "dtype float64, wanted float16 or float32",
+    ),
+    "NaN": (
+        lambda d: np.save(
+            d / "features" / "how_train_0003.npy", np.full((90, 64), np.nan, np.float32)
+        ),
+        "how_train_0003: features hold NaN or infinity at second",
+    ),
+    "truncated": (
+        lambda d: (d / "features" / "how_train_0003.npy").write_bytes(
+            (d / "features" / "how_train_0003.npy").read_bytes()[:-100]
+        ),
+        "how_train_0003.npy: not a whole .npy array",
+    ),
+    "unknown id": (
+        lambda d: (d / "train.lst").write_text("how_train_0000\nnobody\n"),
+        "train.lst: nobody is not in raw_caption.json",
+    ),
+    "end before start": (
+        lambda d: spoil_narration(d, lambda c: first(c)["end"].__setitem__(0, -1)),
+        "how_train_0000, caption 0: start .*, end -1, wanted seconds with 0 <= start <= end",
+    ),
+    "empty caption": (
+        lambda d: spoil_narration(d, lambda c: first(c)["text"].__setitem__(1, " ")),
+        "how_train_0000, caption 1: text is ' ', wanted words",
+    ),
+    "ragged captions": (
+        lambda d: spoil_narration(d, lambda c: first(c)["text"].pop()),
+        "how_train_0000: wanted lists start, end and text of one length",
+    ),
+    "not JSON": (lambda d: (d / "raw_caption.json").write_text("{"), "raw_caption.json: not JSON"),
+    "nothing left": (
+        lambda d: [(d / "features" / f"how_train_{i:04}.npy").unlink() for i in range(30)],
+        "none of its 30 videos has features and captions",
+    ),
+}
+
+
+@pytest.fixture
+def spoilt(small_toy, tmp_path, request) -> tuple[Path, str]:
+    """Copy the toy world and damage it: (folder, the message that this must give)."""
+    damage, message = SPOILT[request.param]
+    shutil.copytree(small_toy, tmp_path / "world")
+    damage(tmp_path / "world")
+    return tmp_path / "world", message
+
+
+@pytest.mark.parametrize("spoilt", SPOILT, indirect=True)
+def test_bad_data_stops_with_one_clear_line_where_it_is_read(spoilt):
+    """Every damage gives a DataError that names the place, the value seen and the value wanted."""
+    folder, message = spoilt
+    with pytest.raises(DataError, match=message):
+        tokenizer = load_tokenizer(folder) if folder.exists() else None
+        c = VLMConfig(video_dim=64, **data.special_ids(tokenizer)) if tokenizer else None
+        features = data.open_features(folder)
+        captions = data.open_captions(folder, tokenizer)
+        corpus, _ = data.open_corpus(folder, features, captions, "train", c)
+        corpus.clips([(0, video, 0) for video in range(5)])
+
+
+@pytest.mark.parametrize("spoilt", set(SPOILT) - {"missing folder"}, indirect=True)
+def test_check_reports_bad_data_and_goes_on(spoilt, capsys):
+    """`check` never stops at the first problem: exit code 1 and a count."""
+    assert data.main(["check", str(spoilt[0])]) == 1
+    out = capsys.readouterr().out
+    assert " problems\n" in out and "15 texts in 15 videos" in out
+
+
+def test_bad_rows_are_counted_and_left_out_on_request(small_toy, tmp_path):
+    """With a `Bad` in place of `stop` nothing is lost silently: a message for each row left out."""
+    shutil.copytree(small_toy, tmp_path / "world")
+    spoil_narration(tmp_path / "world", lambda c: first(c)["end"].__setitem__(0, -1))
+    bad, tokenizer = Bad(), load_tokenizer(small_toy)
+    whole = data.open_captions(small_toy, tokenizer)
+    left = data.open_captions(tmp_path / "world", tokenizer, bad)
+    assert len(bad.messages) == 1 and len(left.start) == len(whole.start) - 1
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        ("msrvtt/MSRVTT_QA_test.csv", "\t0\n", "\t7\n", "answer is '7', wanted 0..4"),
+        ("msrvtt/MSRVTT_JSFUSION_test.csv", "sentence", "words", "wanted also sentence"),
+        ("youcook2/val_list.txt", "101/cook", "101/crook", "is not in youcookii"),
+        ("coin/COIN.json", '"subset": "testing"', '"subset": "dev"', "wanted training or testing"),
+        ("coin/COIN.json", '"segment": [', '"segment": [9999, ', "wanted .start, end. in seconds"),
+        ("crosstask/videos.csv", "20001,", "1,", "with a task of tasks_"),
+        ("crosstask/videos.csv", "cross_20001_0", "../x", "would leave the folder"),
+        ("crosstask/tasks_primary.txt", "\n6\n", "\n5\n", "number of steps"),
+        ("crosstask/annotations/20001_cross_20001_0.csv", "1,", "9,", "step 1..6"),
+    ],
+)
+def test_bad_annotations_name_their_file_and_row(small_toy, tmp_path, file, old, new, message):
+    """Each reader raises by default and counts on request; it never skips a row silently."""
+    shutil.copytree(small_toy, tmp_path / "world", ignore=shutil.ignore_patterns("features"))
+    path = tmp_path / "world" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    folder = tmp_path / "world" / file.split("/")[0]
+    read = {"msrvtt": read_msrvtt, "youcook2": read_youcook2, "coin": read_coin}
+    read = read.get(folder.name, read_crosstask)
+    with pytest.raises(DataError, match=message):
+        read(folder)
+    if "sentence" not in message:  # a missing column leaves nothing to go on with
+        bad = Bad()
+        read(folder, bad)
+        assert bad.messages
+
+
+@pytest.mark.parametrize("args", [["check", "nowhere"], ["pack", "nowhere", "--out", "x"]])
+def test_bad_commands_are_one_line_and_exit_code_2(args, tmp_path):
+    """No traceback reaches whoever mistypes a folder."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "data.py"), *args], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1

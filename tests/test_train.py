@@ -1,0 +1,406 @@
+"""Pre-training: ranks, accumulation, precision, resuming, signals, bad numbers, bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from tests.two_ranks import gradients
+from train import Ranks, TrainConfig, learning_rate, main, parse
+from vlm import load_run
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = dict(width=32, layers=1, batch=8, steps=6, save_every=3, log_every=1)
+
+
+def command(*args: str, ranks: int = 0) -> list[str]:
+    """Build the command line of train.py, under torchrun when ranks are given."""
+    if not ranks:
+        return [sys.executable, str(REPO / "train.py"), *args]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={ranks}", str(REPO / "train.py"), *args]
+
+
+def flags(**settings) -> list[str]:
+    """Write settings as flags."""
+    return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Read a run's trained tensors."""
+    return torch.load(run / "trainer.pt", weights_only=True)["model"]
+
+
+def rows(run: Path) -> list[dict]:
+    """Read a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same_numbers(a: list[dict], b: list[dict]) -> bool:
+    """Compare two logs without what the clock says."""
+    keys = ("step", "loss", "video", "text", "chance", "lr", "grad", "R@1", "R@10")
+    return [[r.get(k) for k in keys] for r in a] == [[r.get(k) for k in keys] for r in b]
+
+
+# ---- who computes what changes nothing
+
+
+@pytest.mark.parametrize("loss", ["vlm", "mfm-mlm"])
+def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
+    """Catches a V' that is not gathered, a gather without gradients, a mean of means (float64, 1e-12).
+
+    The gradient is that of the whole batch in one process, where nothing is gathered at all.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = ["-m", "tests.two_ranks", str(small_toy), loss, str(tmp_path / "two.pt")]
+    subprocess.run([*torchrun, *args], cwd=REPO, check=True, capture_output=True)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one, total = gradients(str(small_toy), loss, Ranks())
+    assert two["grads"].keys() == one.keys()
+    for name, grad in one.items():
+        assert (grad - two["grads"][name]).abs().max() < 1e-12 * max(1, grad.abs().max()), name
+    assert abs(two["loss"] - total) < 1e-9
+
+
+def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_toy, tmp_path):
+    """The gradient that the optimizer meets is d/dw of sum_i(sums_i) / all hidden (Eq. 8's mean)."""
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(params, limit):
+        seen.append([p.grad.clone() for p in params])
+        return clip(params, limit)
+
+    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY | {"steps": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.nn.utils, "clip_grad_norm_", spy)
+        main(dataclasses.replace(cfg, accumulate=4))
+    cfg = train.settle(dataclasses.replace(cfg, out=None), set())
+    model, _, data = train.build(cfg, print)
+    model.cls["predictions"].bias.requires_grad_(False)
+    parts = [data.train.step(0, 8, i, 4) for i in range(4)]
+    sums = [model.pretrain_loss(part) for part in parts]
+    hidden = sum(int(s.video_count + s.text_count) for s in sums)
+    (sum(s.video_sum + s.text_sum for s in sums) / hidden).backward()
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p, grad in zip(params, seen[0], strict=True):
+        assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_and_accumulation_train_like_one(small_toy, tmp_path):
+    """Whole runs: the printed losses of 1 and 2 ranks agree to rounding over six steps."""
+    runs = {}
+    for name, ranks, more in (("one", 0, {}), ("two", 2, {})):
+        args = flags(data=small_toy, out=tmp_path / name, **TINY, **more)
+        subprocess.run(command(*args, ranks=ranks), check=True, capture_output=True, cwd=tmp_path)
+        runs[name] = rows(tmp_path / name)
+    for a, b in zip(runs["one"], runs["two"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4), (a, b)
+
+
+# ---- stop and go on
+
+
+@pytest.mark.parametrize("more", [{}, {"precision": "fp16"}, {"dropout": 0.1, "accumulate": 2}])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    small_toy, tmp_path, monkeypatch, more
+):
+    """Catches anything that a checkpoint forgets: optimizer, scaler, data position, dropout, lr."""
+    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "whole"), **TINY | more)
+    main(cfg)
+
+    class Killed(Exception):
+        pass
+
+    step = train.Corpus.step
+
+    def die(self, n, *args):
+        if n == 4:
+            raise Killed
+        return step(self, n, *args)
+
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Corpus, "step", die)
+        main(cfg)
+    assert torch.load(tmp_path / "cut" / "trainer.pt", weights_only=True)["step"] == 3
+    main(TrainConfig(out=str(tmp_path / "cut"), resume=True), {"out", "resume"})
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert same_numbers(rows(tmp_path / "whole"), rows(tmp_path / "cut"))
+
+
+def test_sigterm_saves_and_the_printed_command_goes_on(small_toy, tmp_path):
+    """SIGTERM in the middle of a step: exit code 0, a checkpoint, a line that resumes the run."""
+    long = flags(
+        data=small_toy, out=tmp_path / "run", **TINY | {"steps": 100000, "save_every": 50000}
+    )
+    process = subprocess.Popen(
+        command(*long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    said = re.search(r"stopped at step (\d+); to go on: torchrun train.py (.*)", out)
+    step, args = int(said[1]), said[2].split()
+    assert torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["step"] == step
+    more = command(*args, "--steps", str(step + 2))
+    done = subprocess.run(more, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming with --steps {step + 2}, it was 100000" in done.stdout
+    assert rows(tmp_path / "run")[-1]["steps"] == step + 2
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(small_toy, tmp_path):
+    """Five real kills, two ranks, then the weights equal an uninterrupted run's bit for bit."""
+    rng = np.random.default_rng(0)
+    settings = TINY | {"steps": 400, "save_every": 1}
+    args = flags(data=small_toy, out=tmp_path / "cut", **settings)
+    for _ in range(5):
+        process = subprocess.Popen(
+            command(*args), stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+        )
+        for line in process.stdout:
+            if line.startswith("step "):
+                time.sleep(rng.uniform(0, 1))
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        process.wait()
+        args = ["--resume", "--out", str(tmp_path / "cut")]
+    subprocess.run(command(*args), check=True, capture_output=True, cwd=tmp_path)
+    whole = flags(data=small_toy, out=tmp_path / "whole", **settings)
+    subprocess.run(command(*whole), check=True, capture_output=True, cwd=tmp_path)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- numbers
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    """Worked by hand: 4 steps of warm-up to 8, then a straight line to 0 at step 12."""
+    cfg = TrainConfig(lr=8.0, warmup=4, steps=12)
+    rates = [learning_rate(s, cfg) for s in range(13)]
+    assert rates == [2, 4, 6, 8, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    cfg.decay_steps = 20
+    assert learning_rate(12, cfg) == 4 and learning_rate(30, cfg) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_learns(small_toy, tmp_path, precision):
+    """The loss of 40 steps falls by a nat in fp32, bf16 and in fp16 with its scaler, on a CPU too."""
+    settings = TINY | {"steps": 40, "lr": 3e-3, "warmup": 4, "precision": precision}
+    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **settings))
+    loss = [r["loss"] for r in rows(tmp_path / "run")[:-1]]
+    assert np.mean(loss[-3:]) < np.mean(loss[:3]) - 1
+
+
+def poison(monkeypatch, bad: set[int]) -> None:
+    """Make the video of some steps infinite, past the store's own check."""
+    get = train.Steps.__getitem__
+
+    def spoil(self, i):
+        batch = get(self, i)
+        if self.keys[i][0] in bad:
+            batch.video = batch.video * math.inf
+        return batch
+
+    monkeypatch.setattr(train.Steps, "__getitem__", spoil)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, monkeypatch):
+    """Catches weights spoilt by one bad batch; the log says how many steps were skipped."""
+    poison(monkeypatch, {2, 4})
+    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY)
+    main(dataclasses.replace(cfg, log_every=6))
+    assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
+    row = rows(tmp_path / "run")[0]
+    assert row["skipped"] == 2 and math.isfinite(row["loss"])
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
+    small_toy, tmp_path, monkeypatch
+):
+    """Nine bad steps pass, a tenth does not; the checkpoint that is named is a good one."""
+    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "a"), **TINY | {"steps": 14})
+    poison(monkeypatch, set(range(4, 13)))
+    main(cfg)
+    poison(monkeypatch, set(range(4, 14)))
+    with pytest.raises(ValueError, match=r"ten steps in a row.*step 14.*b/trainer.pt, step 12"):
+        main(dataclasses.replace(cfg, out=str(tmp_path / "b")))
+    assert all(x.isfinite().all() for x in weights(tmp_path / "b").values())
+
+
+# ---- the run
+
+
+def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
+    """Catches a summary without its keys, a model that does not open, means that were not kept."""
+    summary = main(
+        TrainConfig(
+            data=str(small_toy), out=str(tmp_path / "run"), json=str(tmp_path / "s.json"), **TINY
+        )
+    )
+    out = capsys.readouterr().out
+    log = rows(tmp_path / "run")
+    assert (
+        log[-1] == json.loads((tmp_path / "s.json").read_text()) == json.loads(json.dumps(summary))
+    )
+    wanted = {"final", "steps", "loss", "chance", "R@1", "R@10", "R@10_chance", "seconds"}
+    assert wanted <= log[-1].keys() and log[-1]["final"] is True
+    assert [r["step"] for r in log[:-1]] == [1, 2, 3, 4, 5, 6]
+    for name in ("dot product", "centred cosine", "chance", "constant"):
+        assert name in out
+    model, tokenizer = load_run(tmp_path / "run")
+    assert (model.config.stage, model.config.task, model.config.data) == (
+        "pre-trained",
+        "vlm",
+        "toy",
+    )
+    assert (
+        model.video_mean.abs().sum() > 0 and tokenizer.get_vocab_size() == model.config.vocab_size
+    )
+    again = main(TrainConfig(data=str(small_toy), init=str(tmp_path / "run"),
+                             out=str(tmp_path / "next"), **TINY))  # fmt: skip
+    assert again["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "more", [{"mmm": 0.0}, {"loss": "mfm-mlm"}, {"min_text": 16}, {"workers": 2}]
+)
+def test_every_ablation_of_table_8_runs(small_toy, tmp_path, more):
+    """Catches a setting that is parsed but not used: each but `workers` changes the first loss."""
+    losses = []
+    for name, settings in (("a", {}), ("b", more)):
+        cfg = TrainConfig(
+            data=str(small_toy), out=str(tmp_path / name), **TINY | {"steps": 1} | settings
+        )
+        main(cfg)
+        losses.append(rows(tmp_path / name)[0]["loss"])
+    assert (losses[0] == losses[1]) == ("workers" in more)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_like_plain_ones(small_toy, tmp_path):
+    """`--compile` changes speed only: losses agree to rounding."""
+    for name, compiled in (("plain", False), ("compiled", True)):
+        main(TrainConfig(data=str(small_toy), out=str(tmp_path / name), compile=compiled, **TINY))
+    for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-3)
+
+
+@pytest.mark.slow
+def test_real_narration_and_a_real_bert_train_on_two_ranks(shared, tmp_path):
+    """The README's second command in short: real data, real weights, two gloo ranks, fewer steps."""
+    args = flags(
+        data=shared / "workouts", bert=shared / "weights" / "bert_tiny", steps=20, batch=32
+    )
+    done = subprocess.run(command(*args, ranks=2), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "16017 of 135027 words" in done.stdout and "newly initialised: videomlp" in done.stdout
+    log = rows(tmp_path / "runs" / "workouts")
+    assert log[0]["loss"] - 1 > log[-2]["loss"]
+
+
+# ---- bad input
+
+
+BAD = {
+    "--data nowhere": "error: nowhere: no features/ folder",
+    "--data . --steps 0": "error: --steps is 0, wanted more than 0",
+    "--mmm 1.5": "error: --mmm is 1.5, wanted 0..1",
+    "--min-text 65": r"error: --min-text is 65, wanted 1..64",
+    "--batch 9 --accumulate 2 --data {toy}": "error: --batch 9 is not divisible by 1 ranks x",
+    "--data {toy} --bert {toy}": r"error: .*config.json: no such file",
+    "--data {toy} --init {toy}": "error: .*no run here",
+    "--data {toy} --features {toy}": r"error: .*empty; wanted <video_id>.npy files",
+    "--resume": "error: --resume: no run with a trainer.pt",
+    "--resume --out {toy}": "error: .*trainer.pt: no checkpoint to resume from",
+    "--data {toy} --out {toy}": "error: --out .* is not empty",
+    "--bert a --init b": "error: --bert and --init both",
+    "--width 33": "error: --width is 33, wanted a multiple of 32",
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_commands_say_what_would_do_in_one_line(small_toy, tmp_path, monkeypatch, capsys, args):
+    """Value seen, value wanted; exit code 2; no traceback; nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *args.format(toy=small_toy).split()])
+    with pytest.raises(SystemExit) as stopped:
+        train.run(train.cli)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert re.match(BAD[args], err), err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_wrong_bert_is_named(small_toy, tmp_path, monkeypatch, capsys):
+    """A config that does not fit the weights beside it, found before any step."""
+    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "bert"), **TINY | {"steps": 1}))
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    config["intermediate_size"] += 1
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    cfg = TrainConfig(data=str(small_toy), bert=str(tmp_path / "bert"), **TINY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"intermediate.dense.bias is \(128,\).*wants \(129,\)"
+    ):
+        main(cfg)
+
+
+def test_bad_features_stop_a_run_with_their_name_from_a_worker_too(small_toy, tmp_path):
+    """Catches an error that loses its line when a loader process raises it."""
+    shutil.copytree(small_toy, tmp_path / "world")
+    for path in (tmp_path / "world" / "features").glob("how_train*"):
+        np.save(path, np.full((200, 64), np.nan, np.float16))
+    for workers in ("0", "1"):
+        args = flags(
+            data=tmp_path / "world", out=tmp_path / f"run{workers}", **TINY, workers=workers
+        )
+        done = subprocess.run(command(*args), capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert re.match(r"error: how_train_\d+: features hold NaN or infinity", done.stderr)
+
+
+def test_missing_features_and_bad_rows_are_counted_in_the_first_lines(small_toy, tmp_path, capsys):
+    """Nothing is left out silently."""
+    shutil.copytree(small_toy, tmp_path / "world")
+    (tmp_path / "world" / "features" / "how_train_0004.npy").unlink()
+    captions = json.loads((tmp_path / "world" / "raw_caption.json").read_text())
+    captions["how_train_0001"]["text"][0] = ""
+    (tmp_path / "world" / "raw_caption.json").write_text(json.dumps(captions))
+    cfg = TrainConfig(
+        data=str(tmp_path / "world"), out=str(tmp_path / "run"), skip_bad=True, **TINY
+    )
+    main(cfg)
+    out = capsys.readouterr().out
+    assert "train: 1 of 30 videos have no features, first how_train_0004" in out
+    assert "1 bad rows left out, first:" in out and "how_train_0001, caption 0" in out
+
+
+def test_the_command_line_is_the_dataclass():
+    """Types, defaults, --no-x; an abbreviation or an unknown flag is an error."""
+    cfg, given = parse(TrainConfig, ["--lr", "1", "--no-compile", "--min-text", "16"])
+    assert (cfg.lr, cfg.compile, cfg.min_text, cfg.mmm) == (1.0, False, 16, 0.5)
+    assert given == {"lr", "compile", "min_text"} and isinstance(cfg.lr, float)
+    for wrong in (["--step", "5"], ["--loss", "l2"], ["--frobnicate"], ["--batch", "many"]):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, wrong)

@@ -1,0 +1,787 @@
+"""Pre-train VLM (sec. 5.2).
+
+    torchrun train.py                                  toy world, two to three minutes on two cores
+    torchrun --nproc_per_node=2 train.py --data DATA --bert BERT             your own data
+    torchrun --nproc_per_node=8 train.py --data HOWTO --bert bert-base-uncased     paper scale
+    torchrun train.py --resume --out runs/toy          goes on where a run stopped, bit for bit
+
+A run directory holds model.safetensors, config.json, tokenizer.json (the model), trainer.pt (all
+that resuming needs) and log.jsonl (what was printed; its last line is the summary).
+
+The loss divides by the hidden tokens of the whole step, and V' (Eq. 9) joins all ranks: 1, 2 or 8
+ranks train the same model. What is drawn at random depends on (seed, step) or (seed, epoch, video,
+clip) alone, so nothing random has to be saved.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import Bad, Clip, DataError, read_msrvtt, stop
+from data import (
+    Corpus,
+    FeatureStore,
+    open_captions,
+    open_corpus,
+    open_features,
+    special_ids,
+)
+from eval import set_means, validate, zero_shot_retrieval
+from toy import write_toy
+from vlm import (
+    VLM,
+    Batch,
+    LossSums,
+    VLMConfig,
+    load_bert,
+    load_run,
+    load_tokenizer,
+    run,
+    save_run,
+    write_aside,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+def opt(default, text: str, **more):
+    """Declare a setting with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainConfig:
+    """Pre-train. Settings left at None take the toy world's values there, else the paper's."""
+
+    # data
+    data: str = opt("toy", "folder laid out as `python data.py check` explains; `toy` is written")
+    features: str | None = opt(None, "features elsewhere: a folder of .npy or of shards")
+    min_text: int = opt(8, "shortest clip text in word pieces; the longest is 64 (paper: 8)")
+    clips_per_video: int | None = opt(None, "clips of one video in a batch (toy 2; paper: 32)")
+    skip_bad: bool = opt(False, "leave bad captions and ids out, counted, instead of stopping")
+    workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
+    # model
+    bert: str | None = opt(None, "Hugging Face BERT folder: weights, config.json, vocabulary")
+    init: str | None = opt(None, "start from the weights of this run")
+    layers: int = opt(3, "without --bert and --init: layers of a new, random BERT")
+    width: int = opt(128, "without --bert and --init: its hidden size; heads are 32 wide")
+    dropout: float | None = opt(None, "hidden and attention dropout (toy 0; else the model's own)")
+    # objective
+    loss: str = opt(
+        "vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", choices=("vlm", "mfm-mlm")
+    )
+    mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
+    # optimisation
+    steps: int | None = opt(None, "optimizer steps (toy 1200; else what --epochs give)")
+    epochs: float | None = opt(None, "passes over the videos, --clips-per-video each (paper: 15)")
+    batch: int | None = opt(
+        None, "clips a step over all ranks and micro-batches (toy 32; paper: 256)"
+    )
+    accumulate: int = opt(1, "micro-batches a step; V' is then each micro-batch's own")
+    lr: float | None = opt(None, "peak learning rate (toy 1e-3; paper: 5e-5)")
+    warmup: int | None = opt(None, "steps of linear warm-up (toy 100; paper: 1000)")
+    decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
+    clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
+    precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU",
+                         choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
+    compile: bool = opt(False, "compile the encoder's layers: minutes first, faster steps after")
+    seed: int = opt(0, "another seed: other weights, clips, masks and dropout")
+    # the run
+    out: str | None = opt(None, "run directory (default: runs/NAME, a new number if it is taken)")
+    resume: bool = opt(False, "go on with the run at --out; flags given again replace its own")
+    save_every: int = opt(500, "steps between checkpoints")
+    log_every: int | None = opt(None, "steps between log lines (default: a fiftieth of the run)")
+    json: str | None = opt(None, "write the final summary to this file too")
+
+    def __post_init__(self):
+        if not 0 <= self.mmm <= 1:
+            raise ValueError(f"--mmm is {self.mmm}, wanted 0..1")
+        if not 1 <= self.min_text <= Corpus.MAX_TEXT:
+            raise ValueError(f"--min-text is {self.min_text}, wanted 1..{Corpus.MAX_TEXT}")
+        for name in ("steps", "epochs", "batch", "accumulate", "clips_per_video", "save_every",
+                     "log_every", "layers", "width", "decay_steps", "lr", "clip"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+        if self.bert and self.init:
+            raise ValueError("--bert and --init both give weights: choose one")
+        if self.width % 32:
+            raise ValueError(f"--width is {self.width}, wanted a multiple of 32")
+
+
+TOY = dict(steps=1200, batch=32, clips_per_video=2, lr=1e-3, warmup=100, dropout=0.0)
+PAPER = dict(epochs=15, batch=256, clips_per_video=32, lr=5e-5, warmup=1000)
+
+
+def parse(Config: type, argv: list[str] | None = None, description: str = "") -> tuple:
+    """Turn a config dataclass into a command line.
+
+    Returns: (config, names of the settings that were given on the command line).
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for field in dataclasses.fields(Config):
+        kind = typing.get_args(field.type) or (field.type,)
+        shown = "" if field.default in (None, False) else f" (default: {field.default})"
+        how = dict(help=field.metadata["help"] + shown, default=argparse.SUPPRESS)
+        if kind[0] is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= dict(type=kind[0], choices=field.metadata.get("choices"))
+            how["metavar"] = None if how["choices"] else kind[0].__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    return Config(**given), set(given)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass
+class Ranks:
+    """Who this process is among those that torchrun started; one alone without torchrun."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Join x (P, D) of all ranks, in rank order, gradients included: (sum of P, D)."""
+        return _GatherRows.apply(x) if self.world > 1 else x
+
+    def share(self, value):
+        """Give every rank what rank 0 holds."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+def start_ranks() -> Ranks:
+    """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    # Every step has its own number of tokens, and oneDNN would keep code for 1,024 of them: 0.5 GB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        # torchrun gives each of several processes one thread, however many cores there are.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n))
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Ranks(rank, world, device)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Join the rows of all ranks; backward adds up what every rank's loss says about ours."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+        sizes = [int(n) for n in sizes]
+        ctx.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        room = x.new_zeros(max(sizes), x.shape[1])  # every rank must send as many rows
+        room[: len(x)] = x
+        rooms = [torch.empty_like(room) for _ in range(world)]
+        dist.all_gather(rooms, room)
+        return torch.cat([r[:n] for r, n in zip(rooms, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.mine]
+
+
+class Objective(nn.Module):
+    """What DDP wraps: the model and the loss that is trained."""
+
+    def __init__(self, model: VLM, loss: Callable[[VLM, Batch], LossSums]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> LossSums:
+        return self.loss(self.model, batch)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop, and what it needs
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Warm up linearly, then decay as a polynomial of degree 1 to 0 (sec. 5.2)."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    end = cfg.decay_steps or cfg.steps
+    return cfg.lr * max(0.0, (end - step) / max(1, end - cfg.warmup))
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Choose the autocast type: (dtype, why)."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32, "fp32, on a CPU"
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bf16, which this GPU has"
+        return torch.float16, "fp16, for this GPU has no bf16"
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[name], f"{name}, as asked"
+
+
+class Steps(Dataset):
+    """The batches of steps start..stop on this rank, in order; a bad file is handed on as it is."""
+
+    def __init__(self, draw: Callable[[int, int], Batch], start: int, stop: int, accumulate: int):
+        self.draw = draw
+        self.keys = [(s, i) for s in range(start, stop) for i in range(accumulate)]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> Batch | DataError:
+        try:
+            return self.draw(*self.keys[i])
+        except DataError as error:  # raised in a worker it would lose its type
+            return error
+
+
+class Stop:
+    """Remember SIGTERM or SIGINT until the step is done: `with Stop() as stop: ... stop.asked`."""
+
+    def __enter__(self) -> "Stop":
+        self.asked = False
+        names = (signal.SIGTERM, signal.SIGINT)
+        self.before = {name: signal.signal(name, self) for name in names}
+        return self
+
+    def __call__(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+
+class Log:
+    """Print a line and write the same as a dict to log.jsonl, on rank 0."""
+
+    def __init__(self, path: Path, start: int, ranks: Ranks):
+        self.ranks = ranks
+        if ranks.rank == 0:
+            old = path.read_text().splitlines() if path.exists() and start else []
+            kept = [x for x in old if json.loads(x).get("step", start + 1) <= start]
+            path.write_text("".join(x + "\n" for x in kept))
+            self.file = open(path, "a", buffering=1)
+
+    def __call__(self, row: dict, line: str | None = None) -> None:
+        if self.ranks.rank == 0:
+            self.file.write(json.dumps(row) + "\n")
+        if line:
+            self.ranks.say(line)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Return the peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def clock(seconds: float) -> str:
+    """Write a duration.
+
+    >>> clock(75), clock(7500)
+    ('1:15', '2:05:00')
+    """
+    m, s = divmod(round(seconds), 60)
+    return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
+
+
+def fit(
+    cfg: TrainConfig,
+    ranks: Ranks,
+    model: VLM,
+    loss: Callable[[VLM, Batch], LossSums],
+    draw: Callable[[int, int], Batch],
+    out: Path,
+    save: Callable[[], None],
+) -> tuple[int, float]:
+    """Train from the last checkpoint, or the start, to cfg.steps.
+
+    Args:    loss: (model, batch) -> LossSums. draw: (step, micro-batch) -> this rank's batch.
+             out: the run directory. save: writes the model there beside trainer.pt.
+    Returns: (step reached, seconds trained): fewer than cfg.steps when a signal asked to stop.
+    """
+    device, world = ranks.device, ranks.world
+    dtype, why = choose_precision(cfg.precision, device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
+    start, before = 0, 0.0
+    if (out / "trainer.pt").exists():
+        start, before = load_checkpoint(out / "trainer.pt", model, optimizer, scaler)
+        ranks.say(f"resumed at step {start}")
+    if cfg.compile:
+        for layer in model.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+    objective = Objective(model, loss)
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        objective = DistributedDataParallel(
+            objective, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    log, total = Log(out / "log.jsonl", start, ranks), Totals(device)
+    steps = Steps(draw, start, cfg.steps, cfg.accumulate)
+    processes = "1 process" if world == 1 else f"{world} processes"
+    ranks.say(f"training in {why}, {processes}, {sum(p.numel() for p in params):,} parameters")
+    model.train()
+    skipped = bad_in_a_row = 0
+    begun = since = time.monotonic()
+    done = logged = start
+
+    with Stop() as stop:
+        loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
+        for step in range(start, cfg.steps):
+            # ---- set lr; dropout depends on (seed, step, rank) alone
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            torch.manual_seed(mix(cfg.seed, step, ranks.rank))
+
+            # ---- the step's batches and, over all ranks and micro-batches, how much they hide
+            batches = [whole(batch) for batch in itertools.islice(loader, cfg.accumulate)]
+            hidden = [[int(b.video_hidden.sum()), int(b.text_hidden.sum())] for b in batches]
+            counts = [*map(sum, zip(*hidden, strict=True)), int(stop.asked)]
+            video_count, text_count, stop_now = ranks.sum(torch.tensor(counts, device=device))
+
+            # ---- forward and backward, one micro-batch at a time
+            parts = []
+            for i, batch in enumerate(batches):
+                batch = batch.to(device)
+                wait = world > 1 and i < cfg.accumulate - 1
+                with objective.no_sync() if wait else contextlib.nullcontext():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        sums = objective(batch)
+                    # DDP averages gradients over ranks; the loss divides by the whole step's counts
+                    value = sums.value(video_count, text_count) * world
+                    scaler.scale(value).backward()
+                parts.append((sums, batch))
+
+            # ---- clip, step; all ranks hold the same gradients, so all skip or none does
+            scaler.unscale_(optimizer)
+            norm = float(nn.utils.clip_grad_norm_(params, cfg.clip))
+            if math.isfinite(norm):
+                scaler.step(optimizer)
+                total.add(parts)
+                bad_in_a_row = 0
+            else:
+                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if bad_in_a_row == 10:
+                raise ValueError(
+                    f"ten steps in a row had a loss or gradient that is not finite, the last one "
+                    f"step {step + 1}; the last good checkpoint is {last_checkpoint(out)}"
+                )
+
+            # ---- log
+            done, now = step + 1, time.monotonic()
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                row = {
+                    "step": done,
+                    **total.row(ranks, now - since),
+                    "lr": learning_rate(step, cfg),
+                }
+                row |= {"grad": norm, "ms": 1000 * (now - since) / (done - logged)}
+                row |= {"skipped": skipped, "memory_mib": round(memory_mib(device))}
+                row["left_s"] = round((now - begun) / (done - start) * (cfg.steps - done))
+                log(row, log_line(row, cfg.steps))
+                since, logged, total = now, done, Totals(device)
+
+            # ---- save
+            if done % cfg.save_every == 0 or done == cfg.steps or stop_now:
+                if ranks.rank == 0:
+                    spent = before + time.monotonic() - begun
+                    save_checkpoint(out / "trainer.pt", model, optimizer, scaler, done, spent, cfg)
+                    save()
+                if stop_now:
+                    break
+    return done, before + time.monotonic() - begun
+
+
+class Totals:
+    """What the steps since the last log line add up to, on the device, so that no step waits."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(7, device=device, dtype=torch.float64)
+        self.chance, self.joint = (0.0, 0.0), True
+
+    def add(self, parts: list[tuple[LossSums, Batch]]) -> None:
+        """Count a step's micro-batches on this rank."""
+        for sums, b in parts:
+            tokens = b.video_valid.sum() + b.text_valid.sum() + 2 * len(b.text)  # [CLS] and [SEP]
+            blind = (~b.video_valid.any(1)).sum()
+            row = [sums.video_sum, sums.video_count, sums.text_sum, sums.text_count, tokens, blind]
+            self.sums[:6] += torch.stack([x.detach().double() for x in row])
+            self.sums[6] += len(b.text)
+            self.chance, self.joint = (sums.video_chance, sums.text_chance), sums.joint
+
+    def row(self, ranks: Ranks, seconds: float) -> dict:
+        """Return the interval's means over all ranks, and its rates."""
+        video_sum, n_video, text_sum, n_text, tokens, blind, clips = ranks.sum(self.sums).tolist()
+        video, text = video_sum / max(1, n_video), text_sum / max(1, n_text)
+        share = n_video / max(1, n_video + n_text)
+
+        def both(v: float, t: float) -> float:
+            return share * v + (1 - share) * t if self.joint else v + t
+
+        row = {
+            "loss": both(video, text),
+            "video": video,
+            "text": text,
+            "chance": both(*self.chance),
+        }
+        if not clips:  # every step was skipped
+            row = dict.fromkeys(row)
+        row |= {"clips_per_s": clips / seconds, "tokens_per_s": tokens / seconds}
+        return row | {"clips_without_video": int(blind)}
+
+
+def log_line(row: dict, steps: int) -> str:
+    """Write a log row for a reader."""
+    loss = "no step was finite"
+    if row["loss"] is not None:
+        loss = f"loss {row['loss']:.3f} (video {row['video']:.2f} text {row['text']:.2f}; "
+        loss += f"chance {row['chance']:.2f})"
+    line = (
+        f"step {row['step']:>{len(str(steps))}}/{steps} | {loss} | "
+        f"lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms | "
+        f"{row['clips_per_s']:.0f} clips/s | {row['tokens_per_s']:.0f} tokens/s | "
+        f"{row['memory_mib']} MiB | {clock(row['left_s'])} left"
+    )
+    line += f" | {row['skipped']} skipped" if row["skipped"] else ""
+    return line + (f" | {n} clips without video" if (n := row["clips_without_video"]) else "")
+
+
+def mix(*key: int) -> int:
+    """Make one seed of several numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def whole(batch: Batch | DataError) -> Batch:
+    """Raise what went wrong while a batch was read."""
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def save_checkpoint(path: Path, model, optimizer, scaler, step: int, seconds: float, cfg) -> None:
+    """Write all that resuming needs as one file, moved into place when it is whole."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": scaler.state_dict(), "step": step, "seconds": seconds}
+    state |= {"config": dataclasses.asdict(cfg), "torch": str(torch.__version__)}
+    write_aside(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path: Path, model, optimizer, scaler) -> tuple[int, float]:
+    """Fill model, optimizer and scaler from trainer.pt: (step, seconds trained)."""
+    state = read_checkpoint(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"], state["seconds"]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read trainer.pt without running anything in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no checkpoint to resume from") from None
+    except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a whole checkpoint ({first})") from None
+    if not isinstance(state, dict) or {"model", "optimizer", "step", "config"} - set(state):
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    return state
+
+
+def last_checkpoint(out: Path) -> str:
+    """Name the last checkpoint of a run and its step."""
+    path = out / "trainer.pt"
+    return f"{path}, step {read_checkpoint(path)['step']}" if path.exists() else "none yet"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pre-training
+
+
+@dataclass
+class Data:
+    """What a run reads."""
+
+    features: FeatureStore
+    train: Corpus
+    val: Corpus | None
+    test: list[Clip]  # retrieval at the end: MSR-VTT's test clips, or else a clip of each val video
+    test_name: str
+
+
+def settle(cfg: TrainConfig, given: set[str]) -> TrainConfig:
+    """Fill what was left open: from the run that goes on, or the toy world's or the paper's."""
+    if cfg.resume:
+        out = Path(cfg.out or newest_run(cfg))
+        saved = read_checkpoint(out / "trainer.pt")["config"]
+        known = {f.name for f in dataclasses.fields(TrainConfig)}
+        changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
+        for name, value in changed.items():
+            if saved.get(name) != value:
+                print(f"resuming with --{name.replace('_', '-')} {value}, it was {saved.get(name)}")
+        values = {k: v for k, v in saved.items() if k in known} | changed
+        return TrainConfig(**values | {"resume": True, "out": str(out), "json": cfg.json})
+    defaults = TOY if is_toy(cfg.data) else PAPER
+    empty = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
+    if cfg.epochs is not None:
+        empty.pop("steps", None)
+    return dataclasses.replace(cfg, **empty)
+
+
+def is_toy(data: str) -> bool:
+    """Tell the toy world, there or still to be written, from other data."""
+    return (Path(data) / "toy.json").exists() or (data == "toy" and not Path(data).exists())
+
+
+def newest_run(cfg: TrainConfig) -> Path:
+    """Find the run that --resume without --out means: the newest one on this data."""
+    runs = [p.parent for p in Path("runs").glob(f"{run_name(cfg)}*/trainer.pt")]
+    if not runs:
+        raise ValueError("--resume: no run with a trainer.pt under runs/; name one with --out")
+    return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
+
+
+def run_name(cfg: TrainConfig) -> str:
+    """Name a run after its data."""
+    return Path(cfg.data).resolve().name
+
+
+def run_directory(cfg: TrainConfig) -> Path:
+    """Choose or check the run directory: a new run never writes into another."""
+    if cfg.out:
+        out = Path(cfg.out)
+        if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} is not empty: add --resume to go on, or choose another")
+    else:
+        names = (run_name(cfg) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        out = next(p for p in (Path("runs") / name for name in names) if not p.exists())
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer, Data]:
+    """Open the data and make the model, whose weights depend on seed, --bert and --init alone."""
+    features = open_features(cfg.data, cfg.features)
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model, tokenizer = load_run(cfg.init)
+        if model.config.video_dim != features.width:
+            raise DataError(
+                f"features are {features.width} wide, the run {cfg.init} reads "
+                f"{model.config.video_dim}: pass --features of that width"
+            )
+    elif cfg.bert:
+        tokenizer = load_tokenizer(cfg.bert)
+        path = Path(cfg.bert) / "config.json"
+        model = VLM(VLMConfig.from_json(path, video_dim=features.width))
+        load_bert(model, cfg.bert, say)
+    else:
+        if not (Path(cfg.data) / "tokenizer.json").exists():
+            raise DataError(f"{cfg.data} has no tokenizer.json of its own: pass --bert DIR")
+        tokenizer = load_tokenizer(cfg.data)
+        shape = dict(
+            hidden_size=cfg.width, num_hidden_layers=cfg.layers, intermediate_size=4 * cfg.width
+        )
+        shape |= dict(num_attention_heads=cfg.width // 32, max_position_embeddings=96)
+        model = VLM(VLMConfig(video_dim=features.width, **shape, **special_ids(tokenizer)))
+    if cfg.dropout is not None:
+        model.set_dropout(cfg.dropout)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} pieces, the model "
+            f"{model.config.vocab_size}: they are not a pair"
+        )
+    data, said = open_data(cfg, features, tokenizer, model.config)
+    say("\n".join(said))
+    return model, tokenizer, data
+
+
+def open_data(cfg: TrainConfig, features: FeatureStore, tokenizer: Tokenizer, c: VLMConfig):
+    """Open captions, splits and test clips: (Data, lines that say what was left out)."""
+    bad = Bad() if cfg.skip_bad else stop
+    captions = open_captions(cfg.data, tokenizer, bad)
+    settings = dict(seed=cfg.seed, clips_per_video=cfg.clips_per_video)
+    settings |= dict(min_text=cfg.min_text, mmm=cfg.mmm)
+    train, said = open_corpus(cfg.data, features, captions, "train", c, bad, **settings)
+    val = None
+    if (Path(cfg.data) / "val.lst").exists():
+        val, more = open_corpus(cfg.data, features, captions, "val", c, bad, **settings)
+        said += more
+    test, name = [], ""
+    if (Path(cfg.data) / "msrvtt").is_dir():
+        name = f"MSR-VTT test clips of {cfg.data}"
+        listed = read_msrvtt(Path(cfg.data) / "msrvtt", bad)["test"]
+        test = [clip for clip in listed if clip.video in features]
+        if len(test) < len(listed):
+            said.append(f"test: {len(listed) - len(test)} of {len(listed)} clips have no features")
+    if not test and val is not None:
+        name, test = "one clip of each video of val.lst", val_clips(val, tokenizer)
+    if isinstance(bad, Bad) and bad.messages:
+        said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
+    share = captions.removed / max(1, captions.words)
+    said.append(
+        f"{len(train.ids)} videos, {len(captions.start)} captions, {len(captions.tokens)} word pieces, "
+        f"{captions.removed} of {captions.words} words ({share:.1%}) removed as repeats"
+    )
+    return Data(features, train, val, test, name), said
+
+
+def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]:
+    """Take the middle caption of each validation video as a query for its seconds."""
+    clips, cap = [], val.captions
+    for video in val.ids[:most]:
+        i = cap.index[video]
+        k = (cap.first_caption[i] + cap.first_caption[i + 1]) // 2
+        text = tokenizer.decode(cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist())
+        clips.append(Clip(video, text, float(cap.start[k]), float(cap.end[k])))
+    return clips
+
+
+def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
+    """Pre-train and evaluate; return the summary, the last line of log.jsonl."""
+    ranks = start_ranks()
+    cfg = ranks.share(settle(cfg, set(given)) if ranks.rank == 0 else None)
+    if cfg.batch % (ranks.world * cfg.accumulate):
+        raise ValueError(
+            f"--batch {cfg.batch} is not divisible by {ranks.world} ranks x "
+            f"--accumulate {cfg.accumulate}"
+        )
+    if ranks.rank == 0 and is_toy(cfg.data) and not Path(cfg.data).exists():
+        write_toy(cfg.data)
+        ranks.say(f"toy world written to {cfg.data}/")
+    if ranks.world > 1:
+        dist.barrier()
+    model, tokenizer, data = build(cfg, ranks.say)
+    if cfg.steps is None:
+        cfg.steps = math.ceil(cfg.epochs * len(data.train.ids) * cfg.clips_per_video / cfg.batch)
+    cfg.log_every = cfg.log_every or max(1, cfg.steps // 50)
+    out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
+    cfg.out = str(out)
+    model.to(ranks.device)
+    # Eq. 9 has no biases: what a loss never reads, DDP must not wait for.
+    model.cls["predictions"].bias.requires_grad_(cfg.loss == "mfm-mlm")
+    model.config.stage, model.config.task, model.config.data = (
+        "pre-trained",
+        cfg.loss,
+        run_name(cfg),
+    )
+    ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips")
+
+    def loss(model: VLM, batch: Batch) -> LossSums:
+        return model.pretrain_loss(batch, cfg.loss, ranks.gather)
+
+    def draw(step: int, micro: int) -> Batch:
+        part = ranks.rank * cfg.accumulate + micro
+        return data.train.step(step, cfg.batch, part, ranks.world * cfg.accumulate)
+
+    save = lambda: save_run(out, model, tokenizer)  # noqa: E731
+    reached, seconds = fit(cfg, ranks, model, loss, draw, out, save)
+    if reached < cfg.steps:
+        ranks.say(f"stopped at step {reached}; to go on: torchrun train.py --resume --out {out}")
+        return {"final": False, "steps": reached}
+    return finish(cfg, ranks, model, tokenizer, data, out, seconds)
+
+
+def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seconds: float) -> dict:
+    """Evaluate the trained model, save it with its means, print and log the summary."""
+    set_means(model, data.train)
+    summary = {"final": True, "steps": cfg.steps, "loss": None, "chance": None}
+    if data.val:
+        titles = {
+            cfg.mmm: f"as in training (MMM {cfg.mmm:.0%})",
+            1.0: "from the other modality alone",
+        }
+        for mmm, title in titles.items():
+            table = validate(model, data.val, cfg.loss, cfg.batch, mmm, ranks)
+            ranks.say(f"\nheld-out videos, nats a hidden token, {title}")
+            ranks.say(f"{'':10}{'video':>8}{'text':>8}{'loss':>8}")
+            for name, row in table.items():
+                ranks.say(f"{name:10}" + "".join(f"{x:8.3f}" for x in row.values()))
+            summary.setdefault("val", {})[str(mmm)] = table
+        first = summary["val"][str(cfg.mmm)]
+        summary |= {"loss": first["model"]["loss"], "chance": first["chance"]["loss"]}
+    if data.test:
+        model.eval()
+        found = zero_shot_retrieval(model, tokenizer, data.features, data.test)
+        ranks.say(f"\nzero-shot text-to-video retrieval, {len(data.test)} {data.test_name}")
+        for name, row in found.items():
+            ranks.say(f"{name:16}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
+        summary |= {"R@1": found["dot product"]["R@1"], "R@10": found["dot product"]["R@10"]}
+        summary |= {"R@10_chance": found["chance"]["R@10"], "retrieval": found}
+    summary["seconds"] = round(seconds, 1)
+    if ranks.rank == 0:
+        save_run(out, model, tokenizer)
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(summary) + "\n")
+        if cfg.json:
+            Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
+    ranks.say(f"\n{clock(seconds)} of training; the model is in {out}")
+    return summary
+
+
+def cli() -> int:
+    """Run the command line."""
+    main(*parse(TrainConfig, description=__doc__))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run(cli)

@@ -1,0 +1,806 @@
+"""VLM: one BERT that reads video, text or both (Xu et al., Findings of ACL 2021, sec. 3 and 4).
+
+    position   0      1 .. 32        33      34 ..               95
+    token     [CLS]   v1 .. v32     [SEP]    t1 .. tn  [SEP] [PAD] ..       Eq. 2
+    segment    0      0              0       1 ..
+
+Read from top to bottom: sizes, attention masks (Figure 3), the encoder, Eq. 9, the whole model
+with both pre-training losses, weights in and out.
+
+    python vlm.py masks                 draws the six attention masks in the terminal (instantly)
+
+Letters are sizes: `B` clips, `V` video tokens (one a second), `T` text tokens (word pieces and
+their [SEP]), `L = 1+V+1+T` the whole sequence, `D` width, `H` heads, `E` width of the frozen video
+features, `W` vocabulary, `K` labels, `N` real tokens of a batch (padding left out), `M` hidden.
+Three words for what is often called "mask", all bool: `*_valid` is real, not padding; `*_hidden`
+must be predicted; `attend (B, L, L)`: the row may look at the column.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# Sizes
+
+
+@dataclass
+class VLMConfig:
+    """Sizes under Hugging Face's BERT names; the defaults are BERT-base uncased (sec. 5.2).
+
+    Raises ValueError for sizes that cannot be built, naming the value and what would do.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    unk_token_id: int = 100
+    cls_token_id: int = 101
+    sep_token_id: int = 102
+    mask_token_id: int = 103
+    # what VLM adds to BERT
+    video_dim: int = 512  # E: 512 for S3D
+    max_video_len: int = 32  # seconds
+    max_len: int = 96  # L at most: [CLS], 32 seconds, [SEP], 61 word pieces, [SEP]
+    num_labels: int = 0  # K: action segmentation; 0 builds no classifier
+    # what these weights are: "untrained", "pre-trained" or "fine-tuned", on which task and data
+    stage: str = "untrained"
+    task: str = ""
+    data: str = ""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool):
+                raise ValueError(f"config: {field.name} is {value!r}, wanted {kind.__name__}")
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if not self.max_video_len + 4 <= self.max_len <= self.max_position_embeddings:
+            raise ValueError(
+                f"config: max_len is {self.max_len}, wanted {self.max_video_len + 4} (max_video_len"
+                f" and 4) up to max_position_embeddings {self.max_position_embeddings}"
+            )
+        if self.type_vocab_size < 2:
+            raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
+
+    @property
+    def max_text_len(self) -> int:
+        """T at most, the text's [SEP] included: 62 at the paper's sizes."""
+        return self.max_len - self.max_video_len - 2
+
+    @classmethod
+    def from_json(cls, path: str | Path, **changes) -> "VLMConfig":
+        """Read a config.json, of a run or of a Hugging Face BERT, its unknown keys left aside."""
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path}: holds a {type(saved).__name__}, wanted an object of sizes")
+        for key, wanted in {"hidden_act": "gelu", "position_embedding_type": "absolute"}.items():
+            if saved.get(key, wanted) != wanted:
+                raise ValueError(f"{path}: {key} is {saved[key]!r}; this BERT has {wanted!r} only")
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**({k: v for k, v in saved.items() if k in known} | changes))
+
+
+@dataclass
+class Batch:
+    """B clips. Only the last three fields belong to pre-training; the data side fills them.
+
+    video        (B, V, E) float: features as extracted, hidden ones too: the model zeroes them
+    video_valid  (B, V) bool
+    text         (B, T) int64: word pieces as the model reads them, then [SEP], then [PAD]
+    text_valid   (B, T) bool: True up to and including [SEP]
+    video_hidden (B, V) bool, text_hidden (B, T) bool: to be predicted; never padding, never [SEP]
+    text_target  (B, T) int64: the original word pieces
+    """
+
+    video: Tensor
+    video_valid: Tensor
+    text: Tensor
+    text_valid: Tensor
+    video_hidden: Tensor | None = None
+    text_hidden: Tensor | None = None
+    text_target: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the same batch on another device."""
+        return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self.fields()))
+
+    def fields(self) -> list[Tensor | None]:
+        """List the seven tensors in the order above."""
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention masks (Figure 3): one isolated mask used four ways, one triangle, one full square
+
+ISOLATED = ("retrieval", "segmentation", "localization", "qa")
+KINDS = ("full", *ISOLATED, "captioning")
+
+
+def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor:
+    """Say which token may look at which (Figure 3, sec. 4.1-4.5).
+
+    Args:    kind: one of KINDS. video_valid (B, V), text_valid (B, T): bool, True = real token.
+    Returns: attend (B, L, L) bool over [CLS] v.. [SEP] t.. [SEP]: the row may look at the column.
+             A padded row looks at itself alone, so that no row is empty and no softmax is NaN.
+    Raises:  ValueError for an unknown kind or when the two disagree on B.
+
+    >>> one = torch.ones(1, 1, dtype=torch.bool)
+    >>> attention_mask("captioning", one, one)[0].int().tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    if kind not in KINDS:
+        raise ValueError(f"attention mask {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if len(video_valid) != len(text_valid):
+        raise ValueError(f"{len(video_valid)} clips of video but {len(text_valid)} of text")
+    one = video_valid.new_ones(len(video_valid), 1)
+    no_video, no_text = torch.zeros_like(video_valid), torch.zeros_like(text_valid)
+    cls = torch.cat([one, no_video, ~one, no_text], 1)  # (B, L) each: which token belongs to whom
+    video = torch.cat([~one, video_valid, one, no_text], 1)  # v.. and their [SEP]
+    text = torch.cat([~one, no_video, ~one, text_valid], 1)  # t.. and their [SEP]
+
+    def look(rows: Tensor, columns: Tensor) -> Tensor:
+        return rows[:, :, None] & columns[:, None, :]
+
+    if kind == "full":
+        attend = look(cls | video | text, cls | video | text)
+    elif kind == "captioning":  # text is generated: it sees the video and the words before it
+        attend = look(cls | video | text, cls | video) | look(text, text).tril()
+    else:  # isolated: two squares; [CLS] would join them, so it stands alone
+        attend = look(cls, cls) | look(video, video) | look(text, text)
+    return attend | torch.eye(cls.shape[1], dtype=torch.bool, device=cls.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# BERT (post-LayerNorm, erf GELU), its parts named as in Hugging Face's files
+
+
+def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
+    """Lay packed real tokens x (N, D) out in a padded (B, L, D), zeros elsewhere."""
+    return x.new_zeros(B * L, x.shape[-1]).index_copy(0, rows, x).view(B, L, -1)
+
+
+class Layer(nn.Module):
+    """One transformer layer over packed tokens."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        D, eps = c.hidden_size, c.layer_norm_eps
+        names = ("query", "key", "value")
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(D, D) for name in names}),
+                "output": nn.ModuleDict(
+                    {"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)}
+                ),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, c.intermediate_size)})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)}
+        )
+        self.heads = c.num_attention_heads
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.attention_dropout = c.attention_probs_dropout_prob
+
+    def forward(self, x: Tensor, rows: Tensor, attend: Tensor) -> Tensor:
+        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D)."""
+        (B, L, _), D = attend.shape, x.shape[1]
+        # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
+        # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
+        qkv = self.attention["self"].values()
+        weight = torch.cat([linear.weight for linear in qkv])
+        x_qkv = F.linear(x, weight, torch.cat([linear.bias for linear in qkv]))  # (N, 3D)
+        q, k, v = pad(x_qkv, rows, B, L).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        p = self.attention_dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
+        a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
+        out = self.attention["output"]
+        x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
+        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](x + self.dropout(y))
+
+
+class Bert(nn.Module):
+    """BERT's embeddings and encoder (Eq. 3), without the pooler that VLM never uses."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        D = c.hidden_size
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(c.vocab_size, D),
+                "position_embeddings": nn.Embedding(c.max_position_embeddings, D),
+                "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
+                "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps),
+            }
+        )
+        layers = nn.ModuleList([Layer(c) for _ in range(c.num_hidden_layers)])
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(
+        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor
+    ) -> Tensor:
+        """Encode token vectors.
+
+        Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
+                 real (B, L) bool; attend (B, L, L) bool.
+        Returns: h (B, L, D), zeros at padding, which is never computed.
+        """
+        B, L, D = x.shape
+        rows = real.flatten().nonzero()[:, 0]  # (N,): from here to the last line, real tokens only
+        e = self.embeddings
+        where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
+        x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
+        x = self.dropout(e["LayerNorm"](x))
+        for layer in self.encoder["layer"]:
+            x = layer(x, rows, attend)
+        return pad(x, rows, B, L)
+
+
+class VideoMLP(nn.Module):
+    """x_v = MLP(feature) (Eq. 1): the only part of VLM that BERT's weights do not fill."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(c.video_dim, c.hidden_size)
+        self.LayerNorm = nn.LayerNorm(c.hidden_size, 1e-5)  # the release's; all others 1e-12
+        self.linear2 = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """feature (N, E) -> x_v (N, D)."""
+        return self.linear2(self.LayerNorm(F.gelu(self.linear1(feature))))
+
+
+class PredictionHead(nn.Module):
+    """e = W h + b (Eq. 4), shared by video and text: BERT's own transform and decoder bias."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        D = c.hidden_size
+        self.transform = nn.ModuleDict(
+            {"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps)}
+        )
+        self.bias = nn.Parameter(torch.zeros(c.vocab_size))  # MLM and captioning only, not Eq. 9
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (M, D) -> predicted token embeddings e (M, D)."""
+        return self.transform["LayerNorm"](F.gelu(self.transform["dense"](h)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise contrastive estimation (Eq. 6 and 9)
+
+LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32 logits: above it, rows go chunk by chunk
+
+
+def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
+    """Sum over rows -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] (Eq. 6 and 9).
+
+    Args:    e (M, D) predictions; pool (P, D) candidates x_j. The true x_s of each row is either
+             pool[index], index (M,) int64 (Eq. 9's D without s, and s: the sum counts it once), or
+             own (M, D), a candidate of that row alone. bias (P,) is added to the pool's logits.
+    Returns: scalar, fp32 or better; 0 for M = 0.
+    """
+    logits = e @ pool.T  # (M, P)
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if bias is not None:
+        logits = logits + bias
+    if own is None:
+        true = logits.gather(1, index[:, None])[:, 0]  # x_s . e_s
+        everything = logits.logsumexp(1)
+    else:
+        true = (own.to(logits.dtype) * e.to(logits.dtype)).sum(1)
+        everything = torch.logaddexp(true, logits.logsumexp(1))
+    return (everything - true).sum()
+
+
+def nce_in_chunks(e: Tensor, pool: Tensor, index=None, own=None, bias=None, at_once=None) -> Tensor:
+    """Sum -log NCE as `nce`, never holding more than `at_once` logits (default LOGITS_AT_ONCE).
+
+    Each chunk of rows is thrown away after its sum and computed again in backward.
+    """
+    rows = max(1, (at_once or LOGITS_AT_ONCE) // max(1, len(pool)))
+    if rows >= len(e):
+        return nce(e, pool, index, own, bias)
+    parts = [e.split(rows)] + [
+        [None] * len(e) if x is None else x.split(rows) for x in (index, own)
+    ]
+    chunks = zip(*parts, strict=False)
+    run = [
+        checkpoint(nce, e, pool, i, o, bias, use_reentrant=False, preserve_rng_state=False)
+        for e, i, o in chunks
+    ]
+    return torch.stack(run).sum()
+
+
+@dataclass
+class LossSums:
+    """A pre-training loss as sums and counts, so that ranks and micro-batches divide by the whole.
+
+    video_sum, text_sum: summed -log NCE of hidden tokens (nats); video_count, text_count: how many.
+    video_chance, text_chance: log of the number of candidates, the loss of knowing nothing.
+    """
+
+    video_sum: Tensor
+    video_count: Tensor
+    text_sum: Tensor
+    text_count: Tensor
+    video_chance: float
+    text_chance: float
+    joint: bool  # True: one mean over both kinds (Eq. 8); False: the sum of two means (Eq. 7)
+
+    def value(self, video_count: Tensor | None = None, text_count: Tensor | None = None) -> Tensor:
+        """Divide by the given counts (default: this batch's own); 0 where nothing is hidden."""
+        video = self.video_count if video_count is None else video_count
+        text = self.text_count if text_count is None else text_count
+        if self.joint:
+            return (self.video_sum + self.text_sum) / (video + text).clamp(min=1)
+        return self.video_sum / video.clamp(min=1) + self.text_sum / text.clamp(min=1)
+
+    def chance(self) -> float:
+        """Return `value()` of a model that finds all candidates equally likely."""
+        video, text = float(self.video_count), float(self.text_count)
+        if self.joint:
+            total = video * self.video_chance + text * self.text_chance
+            return total / max(1.0, video + text)
+        return self.video_chance * (video > 0) + self.text_chance * (text > 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+class VLM(nn.Module):
+    """One encoder for video, text or both (sec. 3.1); only the attention mask differs by task.
+
+    Every method takes any B, any device, V up to max_video_len and T up to max_text_len. Padding
+    may stand on the right of either side, as much as there is room for, and changes no result.
+    """
+
+    def __init__(self, config: VLMConfig):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.videomlp = VideoMLP(config)
+        self.cls = nn.ModuleDict({"predictions": PredictionHead(config)})
+        if config.num_labels:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        # Means of embed_video and embed_text over training clips, for the centred cosine.
+        self.register_buffer("video_mean", torch.zeros(config.hidden_size))
+        self.register_buffer("text_mean", torch.zeros(config.hidden_size))
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module) -> None:
+        """Draw weights as BERT does: normal, 0.02 wide; biases 0; LayerNorm 1."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def set_dropout(self, p: float) -> None:
+        """Change hidden and attention dropout to p, from now on and in the config."""
+        self.config.hidden_dropout_prob = self.config.attention_probs_dropout_prob = p
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            elif isinstance(module, Layer):
+                module.attention_dropout = p
+
+    # -- inputs ------------------------------------------------------------------------------
+
+    def video_tokens(self, video: Tensor, valid: Tensor, hidden: Tensor | None = None):
+        """Turn features into video tokens (Eq. 1), each real second through the MLP once.
+
+        Args:    video (B, V, E); valid (B, V) bool; hidden (B, V) bool, inside valid, or None.
+        Returns: x (B, V, D): what the encoder reads, a hidden second as MLP(0) (sec. 3.2);
+                 own (N, D): MLP of every real second's own feature, hidden or not, packed.
+        """
+        c = self.config
+        if video.ndim != 3 or video.shape[:2] != valid.shape or video.shape[2] != c.video_dim:
+            raise ValueError(
+                f"video is {tuple(video.shape)} with video_valid {tuple(valid.shape)}, wanted "
+                f"(B, V, {c.video_dim}) and (B, V): video_dim of this model is {c.video_dim}"
+            )
+        if video.shape[1] > c.max_video_len:
+            raise ValueError(
+                f"video is {video.shape[1]} seconds long, at most {c.max_video_len} fit: cut it"
+            )
+        rows = valid.flatten().nonzero()[:, 0]
+        own = self.videomlp(
+            video.flatten(0, 1).index_select(0, rows).to(self.videomlp.linear1.weight)
+        )
+        x = own
+        if hidden is not None:
+            blank = self.videomlp(own.new_zeros(1, c.video_dim))
+            x = torch.where(hidden.flatten()[rows, None], blank, own)
+        return pad(x, rows, *valid.shape), own
+
+    def word_tokens(self, ids: Tensor) -> Tensor:
+        """Look word pieces up: (B, T) int64 -> (B, T, D)."""
+        if ids.device.type == "cpu" and ids.numel():  # elsewhere the look would stall the device
+            low, high = ids.min().item(), ids.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"text holds ids {low}..{high}, vocab_size is {self.config.vocab_size}: "
+                    "was it encoded by another tokenizer?"
+                )
+        return self.bert.embeddings["word_embeddings"](ids)
+
+    def special(self, token_id: int, B: int) -> Tensor:
+        """Return the embedding of one special token for every clip: (B, 1, D)."""
+        device = self.videomlp.linear1.weight.device
+        return self.word_tokens(torch.full((B, 1), token_id, device=device))
+
+    def places(self, V: int, T: int, device) -> tuple[Tensor, Tensor]:
+        """Return position and segment ids (L,) of [CLS] v.. [SEP] t..: fixed, whatever V is."""
+        sep = self.config.max_video_len + 1
+        if T > self.config.max_text_len:
+            raise ValueError(
+                f"text is {T} tokens long with its [SEP], at most {self.config.max_text_len} fit"
+            )
+        positions = [*range(V + 1), sep, *range(sep + 1, sep + 1 + T)]
+        segments = [0] * (V + 2) + [1] * T
+        return torch.tensor(positions, device=device), torch.tensor(segments, device=device)
+
+    def join(self, x_video: Tensor, batch: Batch, kind: str) -> Tensor:
+        """Encode [CLS] v.. [SEP] t.. [SEP] (Eq. 2-3): x_video (B, V, D) and text -> h (B, L, D)."""
+        B, V, c = *x_video.shape[:2], self.config
+        cls, sep = self.special(c.cls_token_id, B), self.special(c.sep_token_id, B)
+        x_text = self.word_tokens(batch.text)
+        x = torch.cat([cls, x_video.to(cls), sep, x_text], 1)
+        one = batch.video_valid.new_ones(B, 1)
+        real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
+        attend = attention_mask(kind, batch.video_valid, batch.text_valid)
+        return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend)
+
+    # -- encode ------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, kind: str = "full") -> Tensor:
+        """Encode clips in one pass under one of the six attention masks (Eq. 2-3, Figure 3).
+
+        Returns: h (B, L, D) of [CLS] v.. [SEP] t.. [SEP], zeros at padding.
+        """
+        x, _ = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
+        return self.join(x, batch, kind)
+
+    def encode_video(self, video: Tensor, video_valid: Tensor) -> Tensor:
+        """Encode video alone: the isolated mask's first square (footnote 2), without text.
+
+        Args:    video (B, V, E), one feature a second, V <= max_video_len; video_valid (B, V).
+        Returns: (B, V+1, D): v.. and their [SEP] in the last place; zeros at padding.
+        """
+        x, _ = self.video_tokens(video, video_valid)
+        B, V = video_valid.shape
+        sep = self.special(self.config.sep_token_id, B)
+        position, segment = (place[1:] for place in self.places(V, 0, x.device))  # no [CLS]
+        real = torch.cat([video_valid, video_valid.new_ones(B, 1)], 1)
+        return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real, square(real))
+
+    def encode_text(self, text: Tensor, text_valid: Tensor) -> Tensor:
+        """Encode text alone: the isolated mask's second square (footnote 2), without video.
+
+        Args:    text (B, T) int64 word pieces, then [SEP], then [PAD]; text_valid (B, T) bool.
+        Returns: (B, T, D), the [SEP] included; zeros at padding.
+        """
+        x = self.word_tokens(text)
+        position, segment = (place[2:] for place in self.places(0, text.shape[1], x.device))
+        return self.bert(x, position, segment, text_valid, square(text_valid))
+
+    def embed_video(self, video: Tensor, video_valid: Tensor) -> Tensor:
+        """Average a video's real tokens and its [SEP] (sec. 4.1): (B, V, E), (B, V) -> (B, D)."""
+        h = self.encode_video(video, video_valid)
+        return h.sum(1) / (video_valid.sum(1, keepdim=True) + 1)
+
+    def embed_text(self, text: Tensor, text_valid: Tensor) -> Tensor:
+        """Average a text's real word pieces and its [SEP] (sec. 4.1): (B, T), (B, T) -> (B, D)."""
+        h = self.encode_text(text, text_valid)
+        return h.sum(1) / text_valid.sum(1, keepdim=True).clamp(min=1)
+
+    def segment(self, video: Tensor, video_valid: Tensor) -> Tensor:
+        """Give each second its label logits (sec. 4.2): (B, V, E), (B, V) -> (B, V, K)."""
+        if not self.config.num_labels:
+            raise ValueError("this model has num_labels 0: build it with the number of labels")
+        return self.classifier(self.encode_video(video, video_valid)[:, :-1])
+
+    def word_logits(self, h: Tensor) -> Tensor:
+        """Score the vocabulary as BERT's MLM head does: h (..., D) -> (..., W) logits."""
+        head = self.cls["predictions"]
+        return F.linear(head(h), self.bert.embeddings["word_embeddings"].weight, head.bias)
+
+    # -- pre-training ------------------------------------------------------------------------
+
+    def pretrain_loss(
+        self,
+        batch: Batch,
+        loss: str = "vlm",
+        gather: Callable[[Tensor], Tensor] | None = None,
+        at_once: int | None = None,
+    ) -> LossSums:
+        """Predict hidden tokens: masked token loss (Eq. 8-9) or MFM-MLM (Eq. 5-7).
+
+        Args:    batch: with its three pre-training fields. loss: "vlm" or "mfm-mlm".
+                 gather: joins the rows (P, D) of all ranks, gradients included; None on one rank.
+                 at_once: logits held at a time; changes memory, not the result.
+        Returns: sums and counts over this rank's hidden tokens.
+        Raises:  ValueError for an unknown loss or a batch without hidden fields.
+        """
+        if loss not in ("vlm", "mfm-mlm"):
+            raise ValueError(f"loss is {loss!r}, wanted 'vlm' or 'mfm-mlm'")
+        if batch.video_hidden is None or batch.text_hidden is None or batch.text_target is None:
+            raise ValueError("the batch hides nothing: set video_hidden, text_hidden, text_target")
+        V = batch.video.shape[1]
+        x_masked, own = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
+        h = self.join(x_masked, batch, "full")  # Eq. 3
+        head = self.cls["predictions"]
+        e_video = head(h[:, 1 : V + 1][batch.video_hidden])  # (M_v, D)  Eq. 4, hidden tokens only
+        e_text = head(h[:, V + 2 :][batch.text_hidden])  # (M_t, D)
+        hidden = batch.video_hidden[batch.video_valid]
+        x_video = own[hidden]  # (M_v, D): targets
+        x_text = batch.text_target[batch.text_hidden]  # (M_t,): targets, as rows of D
+        V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
+        V_ = V_ if gather is None else gather(V_)
+        D = self.bert.embeddings["word_embeddings"].weight.to(V_.dtype)
+        if loss == "vlm":  # Eq. 8-9: one pool V' + D for both kinds, no biases
+            pool = torch.cat([V_, D])
+            video_sum = nce_in_chunks(e_video, pool, own=x_video, at_once=at_once)
+            text_sum = nce_in_chunks(e_text, pool, index=len(V_) + x_text, at_once=at_once)
+            candidates = len(pool) + 1, len(pool)
+        else:  # Eq. 5-6 for video, BERT's own cross-entropy for words
+            video_sum = nce_in_chunks(e_video, V_, own=x_video, at_once=at_once)
+            text_sum = nce_in_chunks(e_text, D, index=x_text, bias=head.bias, at_once=at_once)
+            candidates = len(V_) + 1, len(D)
+        counts = batch.video_hidden.sum(), batch.text_hidden.sum()
+        chances = (math.log(n) for n in candidates)
+        return LossSums(video_sum, counts[0], text_sum, counts[1], *chances, joint=loss == "vlm")
+
+
+def square(real: Tensor) -> Tensor:
+    """Let real tokens (B, L) look at each other, padding at itself: attend (B, L, L)."""
+    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    return real[:, :, None] & real[:, None, :] | itself
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights in and out
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor: of the file (loaded, unused) and of the model (loaded, new)."""
+
+    loaded: list[str]
+    new: list[str]
+    unused: list[str]
+    found: int
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} of {self.found} tensors loaded"]
+        for title, names in (("newly initialised", self.new), ("in the file, unused", self.unused)):
+            lines += [f"  {title}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors or a PyTorch .bin/.pt of tensors alone; nothing in it is ever run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except (
+        Exception
+    ) as error:  # torch's reader fails in a dozen ways on a file that is no checkpoint
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise ValueError(f"{path}: wanted a dict of tensors by name")
+    return tensors
+
+
+def weights_file(path: str | Path) -> Path:
+    """Find the weights in a Hugging Face directory, or take a file as it is."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).exists():
+            return path / name
+    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+
+
+def load_bert(model: VLM, path: str | Path, say: Callable = print) -> LoadReport:
+    """Fill the encoder, and the prediction head if it is there, from an original BERT (sec. 5.2).
+
+    Args:    path: a Hugging Face directory or file, with or without the `bert.` prefix and the MLM
+             head, LayerNorms named gamma/beta or weight/bias.
+    Returns: the report, also handed to `say`: which tensors were loaded, are new, were not used.
+    Raises:  ValueError naming the tensor for a wrong shape or a missing encoder tensor.
+    """
+    file = weights_file(path)
+    found = read_tensors(file)
+    ours = model.state_dict()
+    renamed = {}
+    for name, tensor in found.items():
+        key = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if not key.startswith(("bert.", "cls.")):
+            key = f"bert.{key}"
+        if key == "cls.predictions.decoder.bias":  # newer files repeat the bias under this name
+            key = "cls.predictions.bias" if "cls.predictions.bias" not in found else key
+        renamed[key] = (name, tensor)
+    # The decoder is tied to the word embeddings: equal, it is loaded with them; else it is unused.
+    decoder = renamed.get("cls.predictions.decoder.weight")
+    words = renamed.get("bert.embeddings.word_embeddings.weight")
+    tied = decoder and words and torch.equal(decoder[1], words[1])
+    loaded, unused, fits = [], [], {}
+    for key, (name, tensor) in renamed.items():
+        if key in ours and key.startswith(("bert.", "cls.")):
+            if tensor.shape != ours[key].shape:
+                raise ValueError(
+                    f"{file}: {name} is {tuple(tensor.shape)}, this model wants "
+                    f"{tuple(ours[key].shape)}: build it from the config.json beside the weights"
+                )
+            fits[key] = tensor
+            loaded.append(name)
+        elif key == "cls.predictions.decoder.weight" and tied:
+            loaded.append(name)
+        else:
+            unused.append(name)
+    missing = [k for k in ours if k.startswith("bert.") and k not in fits]
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} encoder tensors are missing, first {missing[0]}")
+    model.load_state_dict(fits, strict=False)  # strict above: every name is accounted for
+    report = LoadReport(loaded, [k for k in ours if k not in fits], unused, len(found))
+    say(f"BERT {file}: {report}")
+    return report
+
+
+def save_run(path: str | Path, model: VLM, tokenizer: Tokenizer) -> None:
+    """Write a run directory that Hugging Face's BERT classes read too.
+
+    Leaves model.safetensors, config.json and tokenizer.json, each moved into place when whole.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config)
+    config |= {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu"}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_aside(
+        path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"})
+    )
+    write_aside(path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1) + "\n"))
+    write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and move it in, so that a reader never sees half of it."""
+    aside = path.with_name(path.name + ".partial")
+    write(aside)
+    with open(aside, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer.json or an uncased vocab.txt, or a folder that holds one.
+
+    Text is never cut or padded by it, and "[SEP]" in somebody's caption is words to it.
+    """
+    path = Path(path)
+    names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
+    file = next((f for f in names if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{path}: wanted tokenizer.json or vocab.txt, found neither")
+    try:
+        if file.suffix == ".txt":
+            tokenizer = BertWordPieceTokenizer(str(file), lowercase=True)._tokenizer
+        else:
+            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust reader raises a bare Exception
+        raise ValueError(f"{file}: not a BERT tokenizer ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
+    """Open a run directory: every tensor must be there and fit.
+
+    Returns: (model in eval mode, tokenizer); `model.config.stage` says what the weights are.
+    Raises:  ValueError naming the file and the tensor.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: no run here (config.json is missing): train one with train.py")
+    model = VLM(VLMConfig.from_json(path / "config.json"))
+    tensors, ours = read_tensors(path / "model.safetensors"), model.state_dict()
+    odd = [k for k in sorted({*tensors, *ours}) if k not in tensors or k not in ours]
+    odd += [k for k in ours if k in tensors and tensors[k].shape != ours[k].shape]
+    if odd:
+        raise ValueError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
+    model.load_state_dict(tensors)
+    return model.to(device).eval(), load_tokenizer(path)
+
+
+# ---------------------------------------------------------------------------------------------
+# python vlm.py masks
+
+
+def draw_mask(kind: str, V: int, T: int) -> str:
+    """Draw one attention mask: rows look at columns; T counts the text's [SEP]."""
+    valid = [torch.ones(1, n, dtype=torch.bool) for n in (V, T)]
+    names = ["[CLS]", *(f"v{i + 1}" for i in range(V)), "[SEP]"]
+    names += [*(f"t{i + 1}" for i in range(T - 1)), "[SEP]"]
+    attend = attention_mask(kind, *valid)[0]
+    lines = [
+        f"{name:>7} " + "".join("██" if x else "· " for x in row)
+        for name, row in zip(names, attend, strict=True)
+    ]
+    return "\n".join([f"{kind:>12}", *lines])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one of this file's small commands."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    masks = commands.add_parser("masks", help="draw the six attention masks (Figure 3)")
+    masks.add_argument("--video", type=int, default=4, help="video tokens, seconds (default 4)")
+    masks.add_argument("--text", type=int, default=4, help="text tokens with [SEP] (default 4)")
+    args = parser.parse_args(argv)
+    if args.video < 0 or args.text < 1:
+        raise ValueError(f"--video {args.video} --text {args.text}: wanted at least 0 and 1")
+    print("\n\n".join(draw_mask(kind, args.video, args.text) for kind in KINDS))
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
