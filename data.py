@@ -19,9 +19,6 @@ import itertools
 import json
 import math
 import os
-import shutil
-import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -39,14 +35,11 @@ from benchmarks import (
     Clip,
     DataError,
     is_number,
-    read_coin,
-    read_crosstask,
     read_json,
     read_msrvtt,
     read_text,
-    read_youcook2,
     stop,
-)  # fmt: skip
+)
 from toy import write_toy
 from vlm import Batch, VLMConfig, load_tokenizer, run
 
@@ -566,205 +559,62 @@ def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VL
     return lay_out(np.concatenate(rows), np.array(n_video), flat, n_text, c)
 
 
+@dataclass
+class Data:
+    """What a run reads."""
+
+    features: FeatureStore
+    train: Corpus
+    val: Corpus | None
+    test: list[Clip]  # retrieval at the end: MSR-VTT's test clips, or else a clip of each val video
+    test_name: str
+
+
+def open_data(
+    folder: str | Path, features: FeatureStore, tokenizer: Tokenizer, c: VLMConfig,
+    skip_bad: bool = False, **settings,
+) -> tuple[Data, list[str]]:  # fmt: skip
+    """Open captions, splits and test clips of DATA; settings are Corpus's.
+
+    Returns: what a run reads, and lines that say how much it is and what was left out.
+    Raises:  DataError at the first bad row, unless skip_bad counts them instead.
+    """
+    folder, bad = Path(folder), Bad() if skip_bad else stop
+    captions = open_captions(folder, tokenizer, bad)
+    train, said = open_corpus(folder, features, captions, "train", c, bad, **settings)
+    val = None
+    if (folder / "val.lst").exists():
+        val, more = open_corpus(folder, features, captions, "val", c, bad, **settings)
+        said += more
+    test, name = [], ""
+    if (folder / "msrvtt").is_dir():
+        name = f"MSR-VTT test clips of {folder}"
+        listed = read_msrvtt(folder / "msrvtt", bad)["test"]
+        test = [clip for clip in listed if clip.video in features]
+        if len(test) < len(listed):
+            said.append(f"test: {len(listed) - len(test)} of {len(listed)} clips have no features")
+    if not test and val is not None:
+        name, test = "one clip of each video of val.lst", val_clips(val, tokenizer)
+    if isinstance(bad, Bad) and bad.messages:
+        said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
+    repeats = f"{captions.removed} of {captions.words} words removed as repeats"
+    said.append(f"{len(train.ids)} videos, {len(captions.start)} captions, {repeats}")
+    return Data(features, train, val, test, name), said
+
+
+def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]:
+    """Take the middle caption of each validation video as a query for its seconds."""
+    clips, cap = [], val.captions
+    for video in val.ids[:most]:
+        i = cap.index[video]
+        k = (cap.first_caption[i] + cap.first_caption[i + 1]) // 2
+        text = tokenizer.decode(cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist())
+        clips.append(Clip(video, text, float(cap.start[k]), float(cap.end[k])))
+    return clips
+
+
 # ---------------------------------------------------------------------------------------------
 # python data.py check | toy | pack
-
-
-def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
-    """Walk a folder, print what is in it and what is wrong; return the number of problems."""
-    if not data.is_dir():
-        raise DataError(f"{data}: no such folder")
-    bad = Bad()
-    try:
-        store = open_features(data, features)
-        print(f"features    {len(store)} videos, {store.width} wide, in {len(store.files)} places")
-        check_features(store, bad, scan)
-    except DataError as error:
-        bad(str(error))
-        store = {}
-    wanted: dict[str, list[str]] = {}  # part -> video ids that need features
-    if (data / "raw_caption.json").exists() or (data / "captions").is_dir():
-        try:
-            wanted |= check_narration(data, store, tokenizer, bad)
-        except ValueError as error:
-            bad(str(error))
-    readers = {
-        "msrvtt": read_msrvtt,
-        "youcook2": read_youcook2,
-        "coin": read_coin,
-        "crosstask": read_crosstask,
-    }
-    found = []
-    for name, read in readers.items():
-        if (data / name).is_dir():
-            found.append(name)
-            try:
-                wanted |= check_benchmark(name, read(data / name, bad), store, bad)
-            except DataError as error:
-                bad(str(error))
-    if not wanted and not found:
-        bad(f"{data}: no raw_caption.json and none of {', '.join(readers)}: nothing to train on")
-    for part, ids in wanted.items():
-        missing = sorted({video for video in ids if video not in store})
-        if missing:
-            bad(f"{part}: {len(missing)} of {len(set(ids))} videos have no features, first "
-                f"{missing[0]}: extract them, or they are left out")  # fmt: skip
-    print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
-    for message in bad.messages[:20]:
-        print(f"  {message}")
-    if len(bad.messages) > 20:
-        print(f"  and {len(bad.messages) - 20} more")
-    return len(bad.messages)
-
-
-def check_features(store: FeatureStore, bad: Callable, scan: bool) -> None:
-    """Open every feature array, and read it whole when `scan`."""
-    seconds, begun, shown = 0, time.monotonic(), time.monotonic()
-    for i, video in enumerate(store.place):
-        try:
-            n = len(store.open(video))
-            if scan:
-                store.rows(video, np.arange(n))
-            seconds += n
-        except DataError as error:
-            bad(str(error))
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            left = (shown - begun) / (i + 1) * (len(store) - i - 1)
-            print(f"  {i + 1} of {len(store)} videos, {left:.0f} s left", file=sys.stderr)
-    print(f"            {seconds} seconds of video, {seconds / 3600:.1f} hours")
-
-
-def check_narration(
-    data: Path, store, tokenizer: Tokenizer | None, bad: Callable
-) -> dict[str, list[str]]:
-    """Report the narration: captions, repeats, tokens a second, captions without video."""
-    if tokenizer is None:
-        tokenizer = load_tokenizer(data) if (data / "tokenizer.json").exists() else _words()
-    captions = open_captions(data, tokenizer, bad)
-    C = len(captions.start)
-    share = captions.removed / max(1, captions.words)
-    print(f"captions    {len(captions.ids)} videos, {C} captions, {captions.words} words")
-    print(f"            {captions.removed} words ({share:.1%}) removed as repeats")
-    counts = np.diff(captions.first_caption)
-    if store:
-        seen = [i for i, v in enumerate(captions.ids) if v in store and counts[i]]
-        late = total = 0
-        for i in seen:
-            try:
-                n = len(store.open(captions.ids[i]))
-            except DataError:
-                continue  # counted where the features were read
-            late += int(
-                (
-                    captions.start[captions.first_caption[i] : captions.first_caption[i + 1]] >= n
-                ).sum()
-            )
-            total += n
-        rate = len(captions.tokens) / max(1, total)
-        print(f"            {rate:.1f} tokens a second of video")
-        if late:
-            bad(f"captions: {late} start after the last feature row; no clip is drawn around them")
-    wanted = {}
-    for split in ("train", "val"):
-        if (path := data / f"{split}.lst").exists():
-            ids = read_text(path).split()
-            print(f"{split}.lst".ljust(12) + f"{len(ids)} videos")
-            for video in ids:
-                if video not in captions.index:
-                    bad(f"{path}: {video} is not in raw_caption.json")
-            wanted[f"{split}.lst"] = ids
-        else:
-            bad(f"{path}: no such file; write one video id a line")
-    return wanted
-
-
-def _words() -> Tokenizer:
-    """Split at blanks: enough to count words where no vocabulary is at hand."""
-    from tokenizers import models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
-def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, list[str]]:
-    """Print one benchmark's counts, report segments past the end; return ids that need features."""
-    clips: dict[str, list[Clip]] = {}
-    if name == "msrvtt":
-        clips = {"train": found["train"], "test": found["test"]}
-        clips["QA"] = [Clip(video, answers[right]) for video, answers, right in found["qa"]]
-    elif name == "youcook2":
-        clips = found
-    elif name == "coin":
-        clips = {k: [c for video in v.values() for c in video] for k, v in found.items()}
-    else:
-        print(f"crosstask   {len(found['primary'])} primary tasks of {len(found['tasks'])}")
-        for split in ("training", "validation"):
-            clips[split] = [
-                Clip(video, found["tasks"][task][step], start, end)
-                for task, video in found[split]
-                for step, start, end in found["steps"].get((task, video), [])
-            ]
-            print(f"            {split}: {len(found[split])} videos")
-    wanted = {}
-    for split, items in clips.items():
-        ids = [clip.video for clip in items]
-        wanted[f"{name} {split}"] = ids
-        line = f"{split}: {len(items)} texts in {len(set(ids))} videos"
-        if name == "coin":
-            line += f", {len({clip.key for clip in items})} labels"
-        print(f"{name:12}{line}")
-        past = []
-        for clip in items:
-            try:
-                if (
-                    clip.video in store
-                    and clip.end < math.inf
-                    and clip.start >= len(store.open(clip.video))
-                ):
-                    past.append(clip)
-            except DataError:
-                continue  # counted where the features were read
-        if past:
-            bad(f"{name} {split}: {len(past)} segments begin after the last feature row, first "
-                f"{past[0].video} at {past[0].start:g} s")  # fmt: skip
-    return wanted
-
-
-def pack(data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float) -> None:
-    """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is."""
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: not empty; give --out a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    folders = sorted(p for p in data.glob("features*") if p.is_dir())
-    if not folders:
-        raise DataError(f"{data}: no features/ folder to pack")
-    for folder in folders:
-        store, shard, size, n = FeatureStore(folder), {}, 0, 0
-        (out / folder.name).mkdir()
-        for i, video in enumerate(sorted(store.place)):
-            x = np.array(store.open(video)[:])
-            shard[video], size = x, size + x.nbytes
-            if size >= shard_mb * 1e6 or i == len(store) - 1:
-                save_file(shard, out / folder.name / f"shard-{n:05d}.safetensors")
-                shard, size, n = {}, 0, n + 1
-        print(f"{folder.name}: {len(store)} videos in {n} shards")
-    raw = data / "raw_caption.json"
-    if raw.exists() and tokenizer is None and (data / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(data)
-    flat = raw.exists() and tokenizer is not None
-    if flat:
-        captions = Captions.from_json(raw, tokenizer)
-        captions.save(out / "captions", tokenizer)
-        print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
-    elif raw.exists():
-        print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
-    for path in sorted(data.iterdir()):
-        if path.is_dir() and path not in folders:
-            shutil.copytree(path, out / path.name)
-        elif path.is_file() and not (flat and path == raw):
-            shutil.copyfile(path, out / path.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -772,7 +622,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     a = commands.add_parser(
-        "check", help="print counts, missing features, bad rows; exit code 1 if any"
+        "check",
+        allow_abbrev=False,
+        help="print counts, missing features, bad rows; exit code 1 if any",
     )
     a.add_argument("data", type=Path, help="the folder, laid out as at the top of data.py")
     a.add_argument("--features", help="features elsewhere (a folder of .npy or of shards)")
@@ -782,10 +634,12 @@ def main(argv: list[str] | None = None) -> int:
     a.add_argument(
         "--headers", action="store_true", help="open features without reading them whole"
     )
-    a = commands.add_parser("toy", help="write the toy world")
+    a = commands.add_parser("toy", allow_abbrev=False, help="write the toy world")
     a.add_argument("dir", type=Path, help="a new folder")
     a.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
-    a = commands.add_parser("pack", help="pack features into shards and captions into flat arrays")
+    a = commands.add_parser(
+        "pack", allow_abbrev=False, help="pack features into shards and captions into flat arrays"
+    )
     a.add_argument("data", type=Path, help="the folder to pack")
     a.add_argument("--out", type=Path, required=True, help="a new folder, to be given as --data")
     a.add_argument("--bert", help="vocabulary to tokenise the captions with (default: DATA's own)")
@@ -793,6 +647,8 @@ def main(argv: list[str] | None = None) -> int:
         "--shard-mb", type=float, default=1000, help="size of a shard in MB (default 1000)"
     )
     args = parser.parse_args(argv)
+    from check import check, pack  # they read what this file defines
+
     if args.command == "toy":
         write_toy(args.dir, args.seed)
         print(f"toy world written to {args.dir}")

@@ -10,6 +10,7 @@ are never shown nor said in training: the tests are about those.
 
 import csv
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,11 @@ TOOLS = [t.split() for t in (
 )]  # fmt: skip
 LEADS = ["now", "next", "then", "okay so", "um", "", "", "", ""]
 STARTS = ["{}", "{}", "we {}", "you {}", "i am going to {}", "just {}", "go ahead and {}"]
-TAILS = ["", "", "", "", "nice and slowly", "like this", "for a while"]
+# A narrator says what matters more than once, so that most hidden words can be read from the words
+# around them: the shortcut that hiding a whole modality takes away (sec. 3.3).
+TAILS = ["so the {1} is in the {2} and we {0} the {1}", "the {2} is good to {0} the {1}",
+         "{0} {0} the {1} and the {2} does the rest", "this {2} can {0} any {1}",
+         "and we {0} the {1} until the {2} is done"]  # fmt: skip
 CHATTER = [
     "thanks for watching my channel", "do not forget to subscribe", "i really love this part",
     "my grandmother taught me this", "the weather has been lovely today", "sorry about the noise",
@@ -77,6 +82,12 @@ class World:
         """Draw one of a list."""
         return words[self.rng.integers(len(words))]
 
+    def dish(self, steps: int = 6) -> list[Step]:
+        """Draw a task of training steps about two objects, done with two tools."""
+        things, tools = ([int(self.rng.integers(n)) for _ in range(2)] for n in (24, 8))
+        good = [s for s in self.train if s[1] in things and s[2] in tools]
+        return [self.pick(good) for _ in range(steps)]
+
     def view(self, step: Step) -> np.ndarray:
         """A step's clean feature (WIDTH,): a fixed non-linear mix of its three concepts."""
         mixed = sum(looks[i] for looks, i in zip(self.looks, step, strict=True))
@@ -87,22 +98,24 @@ class World:
         clean = np.tile(self.idle, (seconds, 1))
         for shot in shots:
             clean[shot.start : shot.end] = self.view(shot.step)
-        background = 0.4 * self.rng.standard_normal(WIDTH)
+        background = 0.6 * self.rng.standard_normal(WIDTH)
         return (clean + background + 0.5 * self.rng.standard_normal(clean.shape)).astype(np.float16)
 
-    def say(self, step: Step) -> str:
-        """Say a step plainly, in synonyms: `dice the onion with the knife`."""
-        verb, thing, tool = (
-            self.pick(c[i]) for c, i in zip((VERBS, OBJECTS, TOOLS), step, strict=True)
-        )
-        return f"{verb} the {thing} {self.pick(['with', 'using', 'in'])} the {tool}"
+    def words(self, step: Step) -> list[str]:
+        """Choose among a step's synonyms: verb, object, tool."""
+        return [self.pick(c[i]) for c, i in zip((VERBS, OBJECTS, TOOLS), step, strict=True)]
 
-    def narrate(self, step: Step) -> str:
+    def say(self, words: list[str]) -> str:
+        """Say a step plainly: `dice the onion with the knife`."""
+        return "{0} the {1} {3} the {2}".format(*words, self.pick(["with", "using", "in"]))
+
+    def narrate(self, words: list[str]) -> str:
         """Say a step as a narrator does, with a lead and a tail."""
-        parts = self.pick(LEADS), self.pick(STARTS).format(self.say(step)), self.pick(TAILS)
+        said, tail = self.say(words), self.pick(TAILS).format(*words)
+        parts = self.pick(LEADS), self.pick(STARTS).format(said), tail
         return " ".join(part for part in parts if part)
 
-    def video(self, steps: Iterable[Step], low: int = 8, high: int = 24) -> tuple[list[Shot], int]:
+    def video(self, steps: Iterable[Step], low: int = 8, high: int = 20) -> tuple[list[Shot], int]:
         """Lay steps out in time with idle seconds between: (shots, seconds)."""
         shots, now = [], 0
         for step in steps:
@@ -118,9 +131,10 @@ class World:
         now, last = 0.0, []
         for shot in shots:
             now = max(now, shot.start + float(self.rng.normal(0, 0.7)))
+            chosen = self.words(shot.step)  # a narrator keeps to her words while a step lasts
             while now < shot.end - 1:
                 chatty = self.rng.random() < 0.12
-                words = (self.pick(CHATTER) if chatty else self.narrate(shot.step)).split()
+                words = (self.pick(CHATTER) if chatty else self.narrate(chosen)).split()
                 end = now + len(words) / PIECES_PER_SECOND
                 start = now
                 if last and self.rng.random() < 0.4:  # the end of the caption before, said again
@@ -140,9 +154,11 @@ def write_toy(folder: str | Path, seed: int = 0, scale: float = 1.0) -> None:
 
     Args: seed: another one, another world. scale: share of the videos and clips to write.
     """
-    root = Path(folder)
-    if root.exists() and any(root.iterdir()):
-        raise ValueError(f"{root}: not empty; the toy world wants a folder of its own")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; the toy world wants a folder of its own")
+    root = folder.with_name(folder.name + ".partial")  # moved into place when it is whole
+    shutil.rmtree(root, ignore_errors=True)
     (root / "features").mkdir(parents=True)
     world = World(seed, scale)
     narration = write_howto(root, world)
@@ -150,8 +166,8 @@ def write_toy(folder: str | Path, seed: int = 0, scale: float = 1.0) -> None:
     write_youcook2_and_coin(root, world)
     write_crosstask(root, world)
     write_vocabulary(root, narration)
-    about = {"toy": 1, "seed": seed, "width": WIDTH, "held_out": HELD_OUT}
-    dump(root / "toy.json", about)  # last: its presence says that the folder is whole
+    dump(root / "toy.json", {"toy": 1, "seed": seed, "scale": scale, "width": WIDTH})
+    root.replace(folder)
 
 
 def dump(path: Path, data: object) -> None:
@@ -169,7 +185,7 @@ def table(path: Path, rows: Iterable[Iterable], delimiter: str = ",") -> None:
 
 def write_howto(root: Path, world: World) -> list[str]:
     """Write narrated videos of 200 six-step tasks for pre-training; return all that is said."""
-    tasks = [[world.pick(world.train) for _ in range(6)] for _ in range(200)]
+    tasks = [world.dish() for _ in range(200)]
     captions = {}
     for name, count in (("train", 600), ("val", 40)):
         ids = [f"how_{name}_{i:04d}" for i in range(world.count(count))]
@@ -197,7 +213,7 @@ def write_msrvtt(root: Path, world: World) -> None:
                 root / "features" / f"{clip}.npy", world.film([Shot(step, 0, seconds)], seconds)
             )
             data["videos"].append({"video_id": clip, "split": split})
-            said = [world.say(step) for _ in range(count)]
+            said = [world.say(world.words(step)) for _ in range(count)]
             data["sentences"] += [{"video_id": clip, "caption": s} for s in said]
             if split == "test":
                 test.append((clip, said[0]))
@@ -226,7 +242,7 @@ def write_youcook2_and_coin(root: Path, world: World) -> None:
             np.save(root / "features" / f"{video}.npy", world.film(shots, seconds))
             about = {"duration": seconds, "subset": split, "recipe_type": "101"}
             said = [
-                {"id": i, "segment": [s.start, s.end], "sentence": world.say(s.step)}
+                {"id": i, "segment": [s.start, s.end], "sentence": world.say(world.words(s.step))}
                 for i, s in enumerate(shots)
             ]
             done = [
@@ -252,7 +268,7 @@ def write_crosstask(root: Path, world: World) -> None:
     order = world.rng.permutation(HELD_OUT)
     for k in range(world.count(12)):
         task, steps = 20001 + k, [world.test[i] for i in order[6 * k : 6 * k + 6]]
-        said = [world.say(step) for step in steps]
+        said = [world.say(world.words(step)) for step in steps]
         blocks.append(
             f"{task}\nCook dish {k + 1}\nhttps://example.org/{task}\n6\n{','.join(said)}\n\n"
         )

@@ -36,12 +36,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import Bad, Clip, DataError, read_msrvtt, stop
+from benchmarks import DataError
 from data import (
     Corpus,
-    FeatureStore,
-    open_captions,
-    open_corpus,
+    Data,
+    open_data,
     open_features,
     special_ids,
 )
@@ -92,14 +91,18 @@ class TrainConfig:
     )
     mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
     # optimisation
-    steps: int | None = opt(None, "optimizer steps (toy 1200; else what --epochs give)")
+    steps: int | None = opt(None, "optimizer steps (toy 1000; else what --epochs give)")
     epochs: float | None = opt(None, "passes over the videos, --clips-per-video each (paper: 15)")
     batch: int | None = opt(
         None, "clips a step over all ranks and micro-batches (toy 32; paper: 256)"
     )
     accumulate: int = opt(1, "micro-batches a step; V' is then each micro-batch's own")
-    lr: float | None = opt(None, "peak learning rate (toy 1e-3; paper: 5e-5)")
-    warmup: int | None = opt(None, "steps of linear warm-up (toy 100; paper: 1000)")
+    lr: float | None = opt(
+        None, "peak rate (toy 1e-3; else 5e-5 x 768 / hidden size, the paper's 5e-5 for BERT-base)"
+    )
+    warmup: int | None = opt(
+        None, "steps of linear warm-up (toy 100; paper: 1000, here a tenth of the run at most)"
+    )
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
     clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
     precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU",
@@ -129,8 +132,8 @@ class TrainConfig:
             raise ValueError(f"--width is {self.width}, wanted a multiple of 32")
 
 
-TOY = dict(steps=1200, batch=32, clips_per_video=2, lr=1e-3, warmup=100, dropout=0.0)
-PAPER = dict(epochs=15, batch=256, clips_per_video=32, lr=5e-5, warmup=1000)
+TOY = dict(steps=1000, batch=32, clips_per_video=2, lr=1e-3, warmup=100, dropout=0.0)
+PAPER = dict(epochs=15, batch=256, clips_per_video=32)  # lr and warm-up: see `fill_in`
 
 
 def parse(Config: type, argv: list[str] | None = None, description: str = "") -> tuple:
@@ -439,8 +442,8 @@ def fit(
             if done % cfg.save_every == 0 or done == cfg.steps or stop_now:
                 if ranks.rank == 0:
                     spent = before + time.monotonic() - begun
+                    save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
                     save_checkpoint(out / "trainer.pt", model, optimizer, scaler, done, spent, cfg)
-                    save()
                 if stop_now:
                     break
     return done, before + time.monotonic() - begun
@@ -554,17 +557,6 @@ def last_checkpoint(out: Path) -> str:
 # Pre-training
 
 
-@dataclass
-class Data:
-    """What a run reads."""
-
-    features: FeatureStore
-    train: Corpus
-    val: Corpus | None
-    test: list[Clip]  # retrieval at the end: MSR-VTT's test clips, or else a clip of each val video
-    test_name: str
-
-
 def settle(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """Fill what was left open: from the run that goes on, or the toy world's or the paper's."""
     if cfg.resume:
@@ -582,6 +574,16 @@ def settle(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     if cfg.epochs is not None:
         empty.pop("steps", None)
     return dataclasses.replace(cfg, **empty)
+
+
+def fill_in(cfg: TrainConfig, model: VLM, data: Data) -> None:
+    """Fill what depends on the model and on how much data there is."""
+    if cfg.steps is None:
+        cfg.steps = math.ceil(cfg.epochs * len(data.train.ids) * cfg.clips_per_video / cfg.batch)
+    cfg.log_every = cfg.log_every or max(1, cfg.steps // 50)
+    # DEVIATION: narrower models want larger steps, and a short run a shorter warm-up (README).
+    cfg.lr = cfg.lr or 5e-5 * 768 / model.config.hidden_size
+    cfg.warmup = min(1000, cfg.steps // 10) if cfg.warmup is None else cfg.warmup
 
 
 def is_toy(data: str) -> bool:
@@ -619,11 +621,11 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
     """Open the data and make the model, whose weights depend on seed, --bert and --init alone."""
     features = open_features(cfg.data, cfg.features)
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model, tokenizer = load_run(cfg.init)
+    if run_to_read := cfg.out if cfg.resume else cfg.init:
+        model, tokenizer = load_run(run_to_read)
         if model.config.video_dim != features.width:
             raise DataError(
-                f"features are {features.width} wide, the run {cfg.init} reads "
+                f"features are {features.width} wide, the run {run_to_read} reads "
                 f"{model.config.video_dim}: pass --features of that width"
             )
     elif cfg.bert:
@@ -647,50 +649,11 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
             f"the tokenizer has {tokenizer.get_vocab_size()} pieces, the model "
             f"{model.config.vocab_size}: they are not a pair"
         )
-    data, said = open_data(cfg, features, tokenizer, model.config)
-    say("\n".join(said))
-    return model, tokenizer, data
-
-
-def open_data(cfg: TrainConfig, features: FeatureStore, tokenizer: Tokenizer, c: VLMConfig):
-    """Open captions, splits and test clips: (Data, lines that say what was left out)."""
-    bad = Bad() if cfg.skip_bad else stop
-    captions = open_captions(cfg.data, tokenizer, bad)
     settings = dict(seed=cfg.seed, clips_per_video=cfg.clips_per_video)
     settings |= dict(min_text=cfg.min_text, mmm=cfg.mmm)
-    train, said = open_corpus(cfg.data, features, captions, "train", c, bad, **settings)
-    val = None
-    if (Path(cfg.data) / "val.lst").exists():
-        val, more = open_corpus(cfg.data, features, captions, "val", c, bad, **settings)
-        said += more
-    test, name = [], ""
-    if (Path(cfg.data) / "msrvtt").is_dir():
-        name = f"MSR-VTT test clips of {cfg.data}"
-        listed = read_msrvtt(Path(cfg.data) / "msrvtt", bad)["test"]
-        test = [clip for clip in listed if clip.video in features]
-        if len(test) < len(listed):
-            said.append(f"test: {len(listed) - len(test)} of {len(listed)} clips have no features")
-    if not test and val is not None:
-        name, test = "one clip of each video of val.lst", val_clips(val, tokenizer)
-    if isinstance(bad, Bad) and bad.messages:
-        said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
-    share = captions.removed / max(1, captions.words)
-    said.append(
-        f"{len(train.ids)} videos, {len(captions.start)} captions, {len(captions.tokens)} word pieces, "
-        f"{captions.removed} of {captions.words} words ({share:.1%}) removed as repeats"
-    )
-    return Data(features, train, val, test, name), said
-
-
-def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]:
-    """Take the middle caption of each validation video as a query for its seconds."""
-    clips, cap = [], val.captions
-    for video in val.ids[:most]:
-        i = cap.index[video]
-        k = (cap.first_caption[i] + cap.first_caption[i + 1]) // 2
-        text = tokenizer.decode(cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist())
-        clips.append(Clip(video, text, float(cap.start[k]), float(cap.end[k])))
-    return clips
+    data, said = open_data(cfg.data, features, tokenizer, model.config, cfg.skip_bad, **settings)
+    say("\n".join(said))
+    return model, tokenizer, data
 
 
 def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
@@ -708,19 +671,14 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
     if ranks.world > 1:
         dist.barrier()
     model, tokenizer, data = build(cfg, ranks.say)
-    if cfg.steps is None:
-        cfg.steps = math.ceil(cfg.epochs * len(data.train.ids) * cfg.clips_per_video / cfg.batch)
-    cfg.log_every = cfg.log_every or max(1, cfg.steps // 50)
+    fill_in(cfg, model, data)
     out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
     cfg.out = str(out)
     model.to(ranks.device)
     # Eq. 9 has no biases: what a loss never reads, DDP must not wait for.
     model.cls["predictions"].bias.requires_grad_(cfg.loss == "mfm-mlm")
-    model.config.stage, model.config.task, model.config.data = (
-        "pre-trained",
-        cfg.loss,
-        run_name(cfg),
-    )
+    c = model.config
+    c.stage, c.task, c.data = "pre-trained", cfg.loss, run_name(cfg)
     ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips")
 
     def loss(model: VLM, batch: Batch) -> LossSums:
@@ -730,7 +688,9 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
         part = ranks.rank * cfg.accumulate + micro
         return data.train.step(step, cfg.batch, part, ranks.world * cfg.accumulate)
 
-    save = lambda: save_run(out, model, tokenizer)  # noqa: E731
+    def save() -> None:
+        save_run(out, model, tokenizer)
+
     reached, seconds = fit(cfg, ranks, model, loss, draw, out, save)
     if reached < cfg.steps:
         ranks.say(f"stopped at step {reached}; to go on: torchrun train.py --resume --out {out}")

@@ -91,6 +91,17 @@ class VLMConfig:
                 f"config: max_len is {self.max_len}, wanted {self.max_video_len + 4} (max_video_len"
                 f" and 4) up to max_position_embeddings {self.max_position_embeddings}"
             )
+        for name in ("pad", "unk", "cls", "sep", "mask"):
+            token = getattr(self, f"{name}_token_id")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"config: {name}_token_id is {token}, wanted 0..{self.vocab_size - 1}"
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
+        if self.num_labels < 0:
+            raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
         if self.type_vocab_size < 2:
             raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
 
@@ -193,7 +204,8 @@ def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor
 
 def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
     """Lay packed real tokens x (N, D) out in a padded (B, L, D), zeros elsewhere."""
-    return x.new_zeros(B * L, x.shape[-1]).index_copy(0, rows, x).view(B, L, -1)
+    D = x.shape[1]
+    return x.new_zeros(B * L, D).index_copy(0, rows, x).view(B, L, D)
 
 
 class Layer(nn.Module):
@@ -221,13 +233,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rows: Tensor, attend: Tensor) -> Tensor:
         """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D)."""
-        (B, L, _), D = attend.shape, x.shape[1]
+        (B, L, _), D, H = attend.shape, x.shape[1], self.heads
         # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
         # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
         qkv = self.attention["self"].values()
         weight = torch.cat([linear.weight for linear in qkv])
         x_qkv = F.linear(x, weight, torch.cat([linear.bias for linear in qkv]))  # (N, 3D)
-        q, k, v = pad(x_qkv, rows, B, L).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = pad(x_qkv, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
         p = self.attention_dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
         a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
@@ -308,7 +320,9 @@ class PredictionHead(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Noise contrastive estimation (Eq. 6 and 9)
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB of fp32 logits: above it, rows go chunk by chunk
+# Logits held at a time, above which rows go chunk by chunk: what a CPU's cache holds (16 MiB), or
+# enough to keep a GPU busy (256 MiB).
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
@@ -319,36 +333,32 @@ def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
              own (M, D), a candidate of that row alone. bias (P,) is added to the pool's logits.
     Returns: scalar, fp32 or better; 0 for M = 0.
     """
-    logits = e @ pool.T  # (M, P)
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = e @ pool.T  # (M, P): x_j . e_s
+    x = pool[index] if own is None else own  # (M, D): x_s
+    wide = torch.promote_types(e.dtype, torch.float32)  # sums in fp32, whatever the autocast
+    true = (x.to(wide) * e.to(wide)).sum(1)  # x_s . e_s
     if bias is not None:
-        logits = logits + bias
-    if own is None:
-        true = logits.gather(1, index[:, None])[:, 0]  # x_s . e_s
-        everything = logits.logsumexp(1)
-    else:
-        true = (own.to(logits.dtype) * e.to(logits.dtype)).sum(1)
-        everything = torch.logaddexp(true, logits.logsumexp(1))
+        logits, true = logits + bias, true + bias[index]
+    everything = logits.to(wide).logsumexp(1)
+    if own is not None:
+        everything = torch.logaddexp(true, everything)
     return (everything - true).sum()
 
 
 def nce_in_chunks(e: Tensor, pool: Tensor, index=None, own=None, bias=None, at_once=None) -> Tensor:
-    """Sum -log NCE as `nce`, never holding more than `at_once` logits (default LOGITS_AT_ONCE).
+    """Sum -log NCE as `nce`, never holding more than `at_once` logits (see LOGITS_AT_ONCE).
 
     Each chunk of rows is thrown away after its sum and computed again in backward.
     """
-    rows = max(1, (at_once or LOGITS_AT_ONCE) // max(1, len(pool)))
+    rows = max(1, (at_once or LOGITS_AT_ONCE[e.device.type]) // max(1, len(pool)))
     if rows >= len(e):
         return nce(e, pool, index, own, bias)
-    parts = [e.split(rows)] + [
-        [None] * len(e) if x is None else x.split(rows) for x in (index, own)
-    ]
-    chunks = zip(*parts, strict=False)
-    run = [
-        checkpoint(nce, e, pool, i, o, bias, use_reentrant=False, preserve_rng_state=False)
-        for e, i, o in chunks
-    ]
-    return torch.stack(run).sum()
+    sums = []
+    for chunk in (slice(i, i + rows) for i in range(0, len(e), rows)):
+        mine = [None if x is None else x[chunk] for x in (index, own)]
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        sums.append(checkpoint(nce, e[chunk], pool, *mine, bias, **again))
+    return torch.stack(sums).sum()
 
 
 @dataclass
@@ -633,7 +643,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ) as error:  # torch's reader fails in a dozen ways on a file that is no checkpoint
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+    good = isinstance(tensors, dict) and all(
+        isinstance(k, str) and isinstance(x, Tensor) for k, x in tensors.items()
+    )
+    if not good:
         raise ValueError(f"{path}: wanted a dict of tensors by name")
     return tensors
 
@@ -690,7 +703,8 @@ def load_bert(model: VLM, path: str | Path, say: Callable = print) -> LoadReport
     if missing:
         raise ValueError(f"{file}: {len(missing)} encoder tensors are missing, first {missing[0]}")
     model.load_state_dict(fits, strict=False)  # strict above: every name is accounted for
-    report = LoadReport(loaded, [k for k in ours if k not in fits], unused, len(found))
+    new = [k for k, _ in model.named_parameters() if k not in fits]
+    report = LoadReport(loaded, new, unused, len(found))
     say(f"BERT {file}: {report}")
     return report
 
@@ -718,6 +732,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     write(aside)
     with open(aside, "rb+") as f:
         os.fsync(f.fileno())
+    os.chmod(aside, 0o644)  # safetensors leaves a file that nobody else may read
     os.replace(aside, path)
 
 
@@ -784,7 +799,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run one of this file's small commands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    masks = commands.add_parser("masks", help="draw the six attention masks (Figure 3)")
+    masks = commands.add_parser(
+        "masks", allow_abbrev=False, help="draw the six attention masks (Figure 3)"
+    )
     masks.add_argument("--video", type=int, default=4, help="video tokens, seconds (default 4)")
     masks.add_argument("--text", type=int, default=4, help="text tokens with [SEP] (default 4)")
     args = parser.parse_args(argv)

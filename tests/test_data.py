@@ -381,7 +381,7 @@ def test_check_counts_what_is_there_and_what_is_missing(shared, toy, capsys):
     assert data.main(["check", str(shared / "workouts"), "--headers"]) == 0
     out = capsys.readouterr().out
     for line in ("1191 videos, 512 wide", "8358 captions, 135027 words", "16017 words",
-                 "283 videos",                 "18 primary tasks of 19", "no problems"):  # fmt: skip
+                 "283 videos", "18 primary tasks of 19", "no problems"):  # fmt: skip
         assert line in out
     assert data.main(["check", str(shared / "annotations")]) == 1
     out = capsys.readouterr().out

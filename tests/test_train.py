@@ -59,9 +59,10 @@ def same_numbers(a: list[dict], b: list[dict]) -> bool:
 
 @pytest.mark.parametrize("loss", ["vlm", "mfm-mlm"])
 def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
-    """Catches a V' that is not gathered, a gather without gradients, a mean of means (float64, 1e-12).
+    """Catches a V' that is not gathered, a gather without gradients, a mean of means.
 
-    The gradient is that of the whole batch in one process, where nothing is gathered at all.
+    The gradient is that of the whole batch in one process, where nothing is gathered; in float64,
+    so that 1e-12 leaves room for the order of sums alone.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     args = ["-m", "tests.two_ranks", str(small_toy), loss, str(tmp_path / "two.pt")]
@@ -75,7 +76,7 @@ def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
 
 
 def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_toy, tmp_path):
-    """The gradient that the optimizer meets is d/dw of sum_i(sums_i) / all hidden (Eq. 8's mean)."""
+    """The gradient that the optimizer meets is that of all sums over all hidden (Eq. 8's mean)."""
     seen = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -205,7 +206,7 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(small_toy, tmp_path, precision):
-    """The loss of 40 steps falls by a nat in fp32, bf16 and in fp16 with its scaler, on a CPU too."""
+    """The loss of 40 steps falls by a nat in fp32, bf16 and fp16 with its scaler, on a CPU too."""
     settings = TINY | {"steps": 40, "lr": 3e-3, "warmup": 4, "precision": precision}
     main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **settings))
     loss = [r["loss"] for r in rows(tmp_path / "run")[:-1]]
@@ -308,7 +309,7 @@ def test_compiled_layers_train_like_plain_ones(small_toy, tmp_path):
 
 @pytest.mark.slow
 def test_real_narration_and_a_real_bert_train_on_two_ranks(shared, tmp_path):
-    """The README's second command in short: real data, real weights, two gloo ranks, fewer steps."""
+    """The README's command for one's own data, in short: real data and weights, two gloo ranks."""
     args = flags(
         data=shared / "workouts", bert=shared / "weights" / "bert_tiny", steps=20, batch=32
     )
@@ -360,9 +361,7 @@ def test_a_wrong_bert_is_named(small_toy, tmp_path, monkeypatch, capsys):
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
     cfg = TrainConfig(data=str(small_toy), bert=str(tmp_path / "bert"), **TINY)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"intermediate.dense.bias is \(128,\).*wants \(129,\)"
-    ):
+    with pytest.raises(ValueError, match=r"intermediate.dense.bias is \(128,\).*wants \(129,\)"):
         main(cfg)
 
 

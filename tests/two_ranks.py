@@ -1,4 +1,4 @@
-"""Run under torchrun by test_train.py: one step's gradients, of each rank's part, left by rank 0."""
+"""Run under torchrun by test_train.py: one step's gradients over ranks, left by rank 0."""
 
 import sys
 

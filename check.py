@@ -1,0 +1,224 @@
+"""Walk a data folder and say what is in it and what is wrong with it, or pack it into shards.
+
+python data.py check DATA            exit code 1 if anything is wrong
+python data.py pack DATA --out DIR
+"""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from benchmarks import (
+    Bad,
+    Clip,
+    DataError,
+    read_coin,
+    read_crosstask,
+    read_msrvtt,
+    read_text,
+    read_youcook2,
+)
+from data import Captions, FeatureStore, open_captions, open_features
+from vlm import load_tokenizer
+
+
+def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
+    """Walk a folder, print what is in it and what is wrong; return the number of problems."""
+    if not data.is_dir():
+        raise DataError(f"{data}: no such folder")
+    bad = Bad()
+    try:
+        store = open_features(data, features)
+        print(f"features    {len(store)} videos, {store.width} wide, in {len(store.files)} places")
+        check_features(store, bad, scan)
+    except DataError as error:
+        bad(str(error))
+        store = {}
+    wanted: dict[str, list[str]] = {}  # part -> video ids that need features
+    if (data / "raw_caption.json").exists() or (data / "captions").is_dir():
+        try:
+            wanted |= check_narration(data, store, tokenizer, bad)
+        except ValueError as error:
+            bad(str(error))
+    readers = {
+        "msrvtt": read_msrvtt,
+        "youcook2": read_youcook2,
+        "coin": read_coin,
+        "crosstask": read_crosstask,
+    }
+    found = []
+    for name, read in readers.items():
+        if (data / name).is_dir():
+            found.append(name)
+            try:
+                wanted |= check_benchmark(name, read(data / name, bad), store, bad)
+            except DataError as error:
+                bad(str(error))
+    if not wanted and not found:
+        bad(f"{data}: no raw_caption.json and none of {', '.join(readers)}: nothing to train on")
+    for part, ids in wanted.items():
+        missing = sorted({video for video in ids if video not in store})
+        if missing:
+            bad(f"{part}: {len(missing)} of {len(set(ids))} videos have no features, first "
+                f"{missing[0]}: extract them, or they are left out")  # fmt: skip
+    print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
+    for message in bad.messages[:20]:
+        print(f"  {message}")
+    if len(bad.messages) > 20:
+        print(f"  and {len(bad.messages) - 20} more")
+    return len(bad.messages)
+
+
+def check_features(store: FeatureStore, bad: Callable, scan: bool) -> None:
+    """Open every feature array, and read it whole when `scan`."""
+    seconds, begun, shown = 0, time.monotonic(), time.monotonic()
+    for i, video in enumerate(store.place):
+        try:
+            n = len(store.open(video))
+            if scan:
+                store.rows(video, np.arange(n))
+            seconds += n
+        except DataError as error:
+            bad(str(error))
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            left = (shown - begun) / (i + 1) * (len(store) - i - 1)
+            print(f"  {i + 1} of {len(store)} videos, {left:.0f} s left", file=sys.stderr)
+    print(f"            {seconds} seconds of video, {seconds / 3600:.1f} hours")
+
+
+def check_narration(
+    data: Path, store, tokenizer: Tokenizer | None, bad: Callable
+) -> dict[str, list[str]]:
+    """Report the narration: captions, repeats, tokens a second, captions without video."""
+    if tokenizer is None:
+        tokenizer = load_tokenizer(data) if (data / "tokenizer.json").exists() else _words()
+    captions = open_captions(data, tokenizer, bad)
+    C = len(captions.start)
+    share = captions.removed / max(1, captions.words)
+    print(f"captions    {len(captions.ids)} videos, {C} captions, {captions.words} words")
+    print(f"            {captions.removed} words ({share:.1%}) removed as repeats")
+    counts = np.diff(captions.first_caption)
+    if store:
+        seen = [i for i, v in enumerate(captions.ids) if v in store and counts[i]]
+        late = total = 0
+        for i in seen:
+            try:
+                n = len(store.open(captions.ids[i]))
+            except DataError:
+                continue  # counted where the features were read
+            late += int(
+                (
+                    captions.start[captions.first_caption[i] : captions.first_caption[i + 1]] >= n
+                ).sum()
+            )
+            total += n
+        rate = len(captions.tokens) / max(1, total)
+        print(f"            {rate:.1f} tokens a second of video")
+        if late:
+            bad(f"captions: {late} start after the last feature row; no clip is drawn around them")
+    wanted = {}
+    for split in ("train", "val"):
+        if (path := data / f"{split}.lst").exists():
+            ids = read_text(path).split()
+            print(f"{split}.lst".ljust(12) + f"{len(ids)} videos")
+            for video in ids:
+                if video not in captions.index:
+                    bad(f"{path}: {video} is not in raw_caption.json")
+            wanted[f"{split}.lst"] = ids
+        else:
+            bad(f"{path}: no such file; write one video id a line")
+    return wanted
+
+
+def _words() -> Tokenizer:
+    """Split at blanks: enough to count words where no vocabulary is at hand."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, list[str]]:
+    """Print one benchmark's counts, report segments past the end; return ids that need features."""
+    clips: dict[str, list[Clip]] = {}
+    if name == "msrvtt":
+        clips = {"train": found["train"], "test": found["test"]}
+        clips["QA"] = [Clip(video, answers[right]) for video, answers, right in found["qa"]]
+    elif name == "youcook2":
+        clips = found
+    elif name == "coin":
+        clips = {k: [c for video in v.values() for c in video] for k, v in found.items()}
+    else:
+        print(f"crosstask   {len(found['primary'])} primary tasks of {len(found['tasks'])}")
+        for split in ("training", "validation"):
+            clips[split] = [
+                Clip(video, found["tasks"][task][step], start, end)
+                for task, video in found[split]
+                for step, start, end in found["steps"].get((task, video), [])
+            ]
+            print(f"            {split}: {len(found[split])} videos")
+    wanted = {}
+    for split, items in clips.items():
+        ids = [clip.video for clip in items]
+        wanted[f"{name} {split}"] = ids
+        line = f"{split}: {len(items)} texts in {len(set(ids))} videos"
+        if name == "coin":
+            line += f", {len({clip.key for clip in items})} labels"
+        print(f"{name:12}{line}")
+        past = []
+        for clip in items:
+            try:
+                if (
+                    clip.video in store
+                    and clip.end < math.inf
+                    and clip.start >= len(store.open(clip.video))
+                ):
+                    past.append(clip)
+            except DataError:
+                continue  # counted where the features were read
+        if past:
+            bad(f"{name} {split}: {len(past)} segments begin after the last feature row, first "
+                f"{past[0].video} at {past[0].start:g} s")  # fmt: skip
+    return wanted
+
+
+def pack(data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float) -> None:
+    """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is."""
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: not empty; give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = sorted(p for p in data.glob("features*") if p.is_dir())
+    if not folders:
+        raise DataError(f"{data}: no features/ folder to pack")
+    for folder in folders:
+        store, shard, size, n = FeatureStore(folder), {}, 0, 0
+        (out / folder.name).mkdir()
+        for i, video in enumerate(sorted(store.place)):
+            x = np.array(store.open(video)[:])
+            shard[video], size = x, size + x.nbytes
+            if size >= shard_mb * 1e6 or i == len(store) - 1:
+                save_file(shard, out / folder.name / f"shard-{n:05d}.safetensors")
+                shard, size, n = {}, 0, n + 1
+        print(f"{folder.name}: {len(store)} videos in {n} shards")
+    raw = data / "raw_caption.json"
+    if raw.exists() and tokenizer is None and (data / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(data)
+    flat = raw.exists() and tokenizer is not None
+    if flat:
+        captions = Captions.from_json(raw, tokenizer)
+        captions.save(out / "captions", tokenizer)
+        print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
+    elif raw.exists():
+        print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
+    for path in sorted(data.iterdir()):
+        if path.is_dir() and path not in folders:
+            shutil.copytree(path, out / path.name)
+        elif path.is_file() and not (flat and path == raw):
+            shutil.copyfile(path, out / path.name)
