@@ -329,20 +329,19 @@ def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
     """Sum over rows -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] (Eq. 6 and 9).
 
     Args:    e (M, D) predictions; pool (P, D) candidates x_j. The true x_s of each row is either
-             pool[index], index (M,) int64 (Eq. 9's D without s, and s: the sum counts it once), or
+             pool[index], index (M,) int64, which the sum over j then leaves out (D without s), or
              own (M, D), a candidate of that row alone. bias (P,) is added to the pool's logits.
     Returns: scalar, fp32 or better; 0 for M = 0.
     """
-    logits = e @ pool.T  # (M, P): x_j . e_s
-    x = pool[index] if own is None else own  # (M, D): x_s
     wide = torch.promote_types(e.dtype, torch.float32)  # sums in fp32, whatever the autocast
+    x = pool[index] if own is None else own  # (M, D): x_s
     true = (x.to(wide) * e.to(wide)).sum(1)  # x_s . e_s
+    others = (e @ pool.T).to(wide)  # (M, P): x_j . e_s
     if bias is not None:
-        logits, true = logits + bias, true + bias[index]
-    everything = logits.to(wide).logsumexp(1)
-    if own is not None:
-        everything = torch.logaddexp(true, everything)
-    return (everything - true).sum()
+        true, others = true + bias[index], others + bias
+    if own is None:  # D without s: the true word stands in front of the sum already
+        others.scatter_(1, index[:, None], -math.inf)
+    return (torch.logaddexp(true, others.logsumexp(1)) - true).sum()
 
 
 def nce_in_chunks(e: Tensor, pool: Tensor, index=None, own=None, bias=None, at_once=None) -> Tensor:

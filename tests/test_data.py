@@ -266,6 +266,12 @@ def test_given_clips_are_their_first_32_seconds_and_61_pieces(corpus, toy):
 # ---- masking
 
 
+def small_vocabulary() -> VLMConfig:
+    """Sizes with 50 word pieces, the first five of them special."""
+    names = ("pad", "unk", "cls", "sep", "mask")
+    return VLMConfig(vocab_size=50, **{f"{name}_token_id": i for i, name in enumerate(names)})
+
+
 def plain_batch(B: int, V: int, T: int, c: VLMConfig):
     """B clips of V seconds and T - 1 word pieces."""
     seconds, pieces = np.full(B, V), np.full(B, T - 1)
@@ -281,8 +287,7 @@ def within(share: float, p: float, n: int) -> bool:
 @pytest.mark.parametrize("mmm", [0.5, 0.0, 0.3, 0.7, 1.0])
 def test_masking_has_the_paper_s_frequencies(mmm):
     """Sec. 5.2, within 4.5 binomial deviations of 8,000 clips: who is hidden, what is read."""
-    c = VLMConfig(vocab_size=50, pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3)
-    c.mask_token_id, B, V, T = 4, 8000, 11, 13
+    c, (B, V, T) = small_vocabulary(), (8000, 11, 13)
     g = torch.Generator().manual_seed(3)
     b = hide(plain_batch(B, V, T, c), torch.rand(B, uniforms(c), generator=g), c, mmm)
     whole_video = b.video_hidden.all(1) & ~b.text_hidden.any(1)
@@ -309,8 +314,7 @@ def test_masking_has_the_paper_s_frequencies(mmm):
 
 def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
     """Catches a hidden [SEP] or [PAD], a target that is not the original, a changed feature."""
-    c = VLMConfig(vocab_size=50, pad_token_id=0, unk_token_id=1, cls_token_id=2, sep_token_id=3)
-    c.mask_token_id = 4
+    c = small_vocabulary()
     rows, pieces = np.array([5, 2, 1]), np.array([0, 3, 6])
     video, words = np.ones((8, 3), np.float32), np.arange(10, 19)
     plain = data.lay_out(video, rows, words, pieces, c)

@@ -793,7 +793,7 @@ def test_half_precision_gives_nearly_the_loss_of_fp32(loss, dtype):
 def test_no_precision_makes_the_truth_likelier_than_certain(dtype):
     """Catches x_s.e_s rounded one way above the fraction and another below it: a loss under 0.
 
-    Confident rows, logits near 50; one and the same rounded number on both sides gives >= 0 exactly.
+    Confident rows, logits near 50; one rounded number on both sides gives at least 0 exactly.
     """
     g = torch.Generator().manual_seed(0)
     pool = (2 * torch.randn(99, 12, generator=g)).to(dtype)
