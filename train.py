@@ -63,58 +63,54 @@ from vlm import (
 # Settings
 
 
-def opt(default, text: str, **more):
-    """Declare a setting with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+def opt(default, text: str, group: str = "", metavar: str | None = None, choices=None):
+    """Declare a setting: its help text, and the group that begins with it."""
+    metadata = {"help": text, "group": group, "metavar": metavar, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class TrainConfig:
     """Pre-train. Settings left at None take the toy world's values there, else the paper's."""
 
-    # data
-    data: str = opt("toy", "folder laid out as `python data.py check` explains; `toy` is written")
-    features: str | None = opt(None, "features elsewhere: a folder of .npy or of shards")
+    data: str = opt("toy", "folder laid out as data.py says; `toy` is written", "data", "DIR")
+    features: str | None = opt(
+        None, "features elsewhere: a folder of .npy or shards", metavar="DIR"
+    )
     min_text: int = opt(8, "shortest clip text in word pieces; the longest is 64 (paper: 8)")
     clips_per_video: int | None = opt(None, "clips of one video in a batch (toy 2; paper: 32)")
     skip_bad: bool = opt(False, "leave bad captions and ids out, counted, instead of stopping")
     workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
-    # model
-    bert: str | None = opt(None, "Hugging Face BERT folder: weights, config.json, vocabulary")
-    init: str | None = opt(None, "start from the weights of this run")
+
+    bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
+    init: str | None = opt(None, "start from the weights of this run", metavar="RUN")
     layers: int = opt(3, "without --bert and --init: layers of a new, random BERT")
     width: int = opt(128, "without --bert and --init: its hidden size; heads are 32 wide")
     dropout: float | None = opt(None, "hidden and attention dropout (toy 0; else the model's own)")
-    # objective
-    loss: str = opt(
-        "vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", choices=("vlm", "mfm-mlm")
-    )
+
+    loss: str = opt("vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", "objective",
+                    choices=("vlm", "mfm-mlm"))  # fmt: skip
     mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
-    # optimisation
-    steps: int | None = opt(None, "optimizer steps (toy 1000; else what --epochs give)")
+
+    steps: int | None = opt(None, "steps (toy 1000; else what --epochs give)", "optimisation")
     epochs: float | None = opt(None, "passes over the videos, --clips-per-video each (paper: 15)")
-    batch: int | None = opt(
-        None, "clips a step over all ranks and micro-batches (toy 32; paper: 256)"
-    )
+    batch: int | None = opt(None, "clips a step, over ranks and micro-batches (toy 32; paper: 256)")
     accumulate: int = opt(1, "micro-batches a step; V' is then each micro-batch's own")
-    lr: float | None = opt(
-        None, "peak rate (toy 1e-3; else 5e-5 x 768 / hidden size, the paper's 5e-5 for BERT-base)"
-    )
-    warmup: int | None = opt(
-        None, "steps of linear warm-up (toy 100; paper: 1000, here a tenth of the run at most)"
-    )
+    lr: float | None = opt(None, "peak rate (toy 1e-3; else the paper's 5e-5 x 768 / hidden size)")
+    warmup: int | None = opt(None, "steps of linear warm-up (toy 100; paper: 1000, here a tenth of "
+                             "the run at most)")  # fmt: skip
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
     clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
-    precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU",
+    precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
                          choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
     compile: bool = opt(False, "compile the encoder's layers: minutes first, faster steps after")
     seed: int = opt(0, "another seed: other weights, clips, masks and dropout")
-    # the run
-    out: str | None = opt(None, "run directory (default: runs/NAME, a new number if it is taken)")
+
+    out: str | None = opt(None, "run directory (default: a new one in runs/)", "the run", "RUN")
     resume: bool = opt(False, "go on with the run at --out; flags given again replace its own")
     save_every: int = opt(500, "steps between checkpoints")
     log_every: int | None = opt(None, "steps between log lines (default: a fiftieth of the run)")
-    json: str | None = opt(None, "write the final summary to this file too")
+    json: str | None = opt(None, "write the final summary to this file too", metavar="FILE")
 
     def __post_init__(self):
         if not 0 <= self.mmm <= 1:
@@ -144,16 +140,20 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
+    group = parser
     for field in dataclasses.fields(Config):
-        kind = typing.get_args(field.type) or (field.type,)
+        about = field.metadata
+        group = parser.add_argument_group(about["group"]) if about["group"] else group
+        kind = (typing.get_args(field.type) or (field.type,))[0]
         shown = "" if field.default in (None, False) else f" (default: {field.default})"
-        how = dict(help=field.metadata["help"] + shown, default=argparse.SUPPRESS)
-        if kind[0] is bool:
+        how = dict(help=about["help"] + shown, default=argparse.SUPPRESS)
+        if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
+        elif about["choices"]:
+            how["choices"] = about["choices"]
         else:
-            how |= dict(type=kind[0], choices=field.metadata.get("choices"))
-            how["metavar"] = None if how["choices"] else kind[0].__name__.upper()
-        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+            how |= dict(type=kind, metavar=about["metavar"] or {int: "N", float: "X"}[kind])
+        group.add_argument("--" + field.name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
     return Config(**given), set(given)
 
@@ -221,7 +221,7 @@ class _GatherRows(torch.autograd.Function):
         dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
         sizes = [int(n) for n in sizes]
         ctx.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        room = x.new_zeros(max(sizes), x.shape[1])  # every rank must send as many rows
+        room = x.new_zeros(max(1, *sizes), x.shape[1])  # every rank must send as many rows
         room[: len(x)] = x
         rooms = [torch.empty_like(room) for _ in range(world)]
         dist.all_gather(rooms, room)
@@ -230,7 +230,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
-        dist.all_reduce(grad)
+        if len(grad):
+            dist.all_reduce(grad)
         return grad[ctx.mine]
 
 

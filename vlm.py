@@ -322,7 +322,7 @@ class PredictionHead(nn.Module):
 
 # Logits held at a time, above which rows go chunk by chunk: what a CPU's cache holds (16 MiB), or
 # enough to keep a GPU busy (256 MiB).
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
 
 
 def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
@@ -345,11 +345,12 @@ def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
 
 
 def nce_in_chunks(e: Tensor, pool: Tensor, index=None, own=None, bias=None, at_once=None) -> Tensor:
-    """Sum -log NCE as `nce`, never holding more than `at_once` logits (see LOGITS_AT_ONCE).
+    """Sum -log NCE as `nce`, in chunks of rows of at most `at_once` logits, or one row.
 
     Each chunk of rows is thrown away after its sum and computed again in backward.
     """
-    rows = max(1, (at_once or LOGITS_AT_ONCE[e.device.type]) // max(1, len(pool)))
+    at_once = at_once or LOGITS_AT_ONCE["cpu" if e.device.type == "cpu" else "other"]
+    rows = max(1, at_once // max(1, len(pool)))
     if rows >= len(e):
         return nce(e, pool, index, own, bias)
     sums = []
@@ -575,15 +576,17 @@ class VLM(nn.Module):
             raise ValueError(f"loss is {loss!r}, wanted 'vlm' or 'mfm-mlm'")
         if batch.video_hidden is None or batch.text_hidden is None or batch.text_target is None:
             raise ValueError("the batch hides nothing: set video_hidden, text_hidden, text_target")
+        video_hidden = batch.video_hidden & batch.video_valid  # padding is never predicted
+        text_hidden = batch.text_hidden & batch.text_valid
         V = batch.video.shape[1]
-        x_masked, own = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
+        x_masked, own = self.video_tokens(batch.video, batch.video_valid, video_hidden)
         h = self.join(x_masked, batch, "full")  # Eq. 3
         head = self.cls["predictions"]
-        e_video = head(h[:, 1 : V + 1][batch.video_hidden])  # (M_v, D)  Eq. 4, hidden tokens only
-        e_text = head(h[:, V + 2 :][batch.text_hidden])  # (M_t, D)
-        hidden = batch.video_hidden[batch.video_valid]
+        e_video = head(h[:, 1 : V + 1][video_hidden])  # (M_v, D)  Eq. 4, hidden tokens only
+        e_text = head(h[:, V + 2 :][text_hidden])  # (M_t, D)
+        hidden = video_hidden[batch.video_valid]
         x_video = own[hidden]  # (M_v, D): targets
-        x_text = batch.text_target[batch.text_hidden]  # (M_t,): targets, as rows of D
+        x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
         V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
         V_ = V_ if gather is None else gather(V_)
         D = self.bert.embeddings["word_embeddings"].weight.to(V_.dtype)
@@ -596,7 +599,7 @@ class VLM(nn.Module):
             video_sum = nce_in_chunks(e_video, V_, own=x_video, at_once=at_once)
             text_sum = nce_in_chunks(e_text, D, index=x_text, bias=head.bias, at_once=at_once)
             candidates = len(V_) + 1, len(D)
-        counts = batch.video_hidden.sum(), batch.text_hidden.sum()
+        counts = video_hidden.sum(), text_hidden.sum()
         chances = (math.log(n) for n in candidates)
         return LossSums(video_sum, counts[0], text_sum, counts[1], *chances, joint=loss == "vlm")
 
@@ -637,9 +640,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
-    except (
-        Exception
-    ) as error:  # torch's reader fails in a dozen ways on a file that is no checkpoint
+    except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
     good = isinstance(tensors, dict) and all(
@@ -677,13 +678,14 @@ def load_bert(model: VLM, path: str | Path, say: Callable = print) -> LoadReport
         key = name.replace(".gamma", ".weight").replace(".beta", ".bias")
         if not key.startswith(("bert.", "cls.")):
             key = f"bert.{key}"
-        if key == "cls.predictions.decoder.bias":  # newer files repeat the bias under this name
-            key = "cls.predictions.bias" if "cls.predictions.bias" not in found else key
+        if key in renamed:
+            raise ValueError(f"{file}: {name} and {renamed[key][0]} are the same tensor twice")
         renamed[key] = (name, tensor)
-    # The decoder is tied to the word embeddings: equal, it is loaded with them; else it is unused.
-    decoder = renamed.get("cls.predictions.decoder.weight")
-    words = renamed.get("bert.embeddings.word_embeddings.weight")
-    tied = decoder and words and torch.equal(decoder[1], words[1])
+    # The decoder repeats tensors of other names: where equal, it is loaded with those.
+    words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+    tied = {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": bias}
+    if bias not in renamed and "cls.predictions.decoder.bias" in renamed:
+        renamed[bias] = renamed.pop("cls.predictions.decoder.bias")
     loaded, unused, fits = [], [], {}
     for key, (name, tensor) in renamed.items():
         if key in ours and key.startswith(("bert.", "cls.")):
@@ -692,9 +694,11 @@ def load_bert(model: VLM, path: str | Path, say: Callable = print) -> LoadReport
                     f"{file}: {name} is {tuple(tensor.shape)}, this model wants "
                     f"{tuple(ours[key].shape)}: build it from the config.json beside the weights"
                 )
+            if not tensor.isfinite().all():
+                raise ValueError(f"{file}: {name} holds NaN or infinity")
             fits[key] = tensor
             loaded.append(name)
-        elif key == "cls.predictions.decoder.weight" and tied:
+        elif tied.get(key) in renamed and torch.equal(tensor, renamed[tied[key]][1]):
             loaded.append(name)
         else:
             unused.append(name)

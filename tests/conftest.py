@@ -3,10 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from toy import write_toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Run on one thread: at these sizes a second one only waits, for minutes on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -38,15 +38,6 @@ LOSSES = ("vlm", "mfm-mlm")
 # Helpers
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Run on one thread: at these sizes a second one only waits, for minutes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_config(**changes) -> VLMConfig:
     """Build a config of mutually different sizes, without dropout."""
     sizes = dict(
@@ -745,6 +736,19 @@ def test_ranks_that_share_v_and_the_counts_add_up_to_one_big_batch(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @torch.no_grad()
+def test_padding_marked_as_hidden_is_not_predicted(loss):
+    """Catches padding counted in the loss, and one target broadcast over several predictions."""
+    batch, model = random_batch(), tiny_model()
+    plain = model.pretrain_loss(batch, loss)
+    batch.video_hidden = batch.video_hidden | ~batch.video_valid
+    batch.text_hidden = batch.text_hidden | ~batch.text_valid
+    marked = model.pretrain_loss(batch, loss)
+    assert torch.equal(plain.value(), marked.value())
+    assert plain.text_count == marked.text_count and plain.video_count == marked.video_count
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@torch.no_grad()
 def test_chance_is_the_loss_of_a_model_that_predicts_nothing(loss):
     """Catches a chance level over the wrong candidates: with e = 0 all are equally likely."""
     model, batch = tiny_model(), random_batch()
@@ -794,6 +798,7 @@ def test_no_precision_makes_the_truth_likelier_than_certain(dtype):
     """Catches x_s.e_s rounded one way above the fraction and another below it: a loss under 0.
 
     Confident rows, logits near 50; one rounded number on both sides gives at least 0 exactly.
+    Then 99 logits of exactly 32: a half-precision sum would give 4.5 for ln 99 = 4.595.
     """
     g = torch.Generator().manual_seed(0)
     pool = (2 * torch.randn(99, 12, generator=g)).to(dtype)
@@ -802,6 +807,15 @@ def test_no_precision_makes_the_truth_likelier_than_certain(dtype):
         assert vlm.nce(e, pool, index) >= 0
         assert vlm.nce(e, pool, index, bias=torch.randn(99, generator=g)) >= 0
         assert vlm.nce(e, pool, own=e) >= 0
+    e, pool = 32 * torch.eye(12)[:1].to(dtype), torch.ones(99, 12).to(dtype)
+    assert vlm.nce(e, pool, torch.tensor([7])).item() == pytest.approx(math.log(99), abs=1e-5)
+    assert vlm.nce(e, pool[1:], own=pool[:1]).item() == pytest.approx(math.log(99), abs=1e-5)
+
+
+def test_the_loss_runs_on_devices_that_nobody_thought_of():
+    """Catches a table of devices with no default; "meta" stands for mps, xpu and the rest."""
+    e, pool = torch.empty(3, 12, device="meta"), torch.empty(5, 12, device="meta")
+    assert vlm.nce_in_chunks(e, pool, own=e).shape == ()
 
 
 @pytest.mark.parametrize(
@@ -968,6 +982,8 @@ def test_wrong_or_missing_bert_tensors_are_errors_that_name_them_and_load_nothin
         ({k: v for k, v in ours.items() if k != layer}, f"1 encoder tensors are missing.*{layer}"),
         (ours | {"cls.predictions.bias": torch.ones(W + 1)}, r"cls.predictions.bias is \(42,\)"),
         ({"unrelated": torch.ones(3)}, "encoder tensors are missing, first bert.embeddings"),
+        (ours | {layer: ours[layer] * torch.nan}, f"{layer} holds NaN or infinity"),
+        (ours | {layer[5:]: ours[layer].clone()}, f"{layer} are the same tensor twice"),
     ):
         write(broken, tmp_path / name)
         with pytest.raises(ValueError, match=message):
