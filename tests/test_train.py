@@ -336,6 +336,7 @@ BAD = {
     "--resume --out {toy}": "error: .*trainer.pt: no checkpoint to resume from",
     "--data {toy} --out {toy}": "error: --out .* is not empty",
     "--bert a --init b": "error: --bert and --init both",
+    "--scratch": "error: --scratch wants the sizes and vocabulary of --bert",
     "--width 33": "error: --width is 33, wanted a multiple of 32",
 }
 
