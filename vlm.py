@@ -22,6 +22,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -818,6 +819,8 @@ def run(main: Callable[[], object]) -> None:
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # what all ranks meet rank 0 says, and torchrun then ends the others
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
