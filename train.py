@@ -276,15 +276,15 @@ class Steps(Dataset):
     """The batches of steps start..stop on this rank, in order; a bad file is handed on as it is."""
 
     def __init__(self, draw: Callable[[int, int], Batch], start: int, stop: int, accumulate: int):
-        self.draw = draw
-        self.keys = [(s, i) for s in range(start, stop) for i in range(accumulate)]
+        self.draw, self.start, self.stop, self.accumulate = draw, start, stop, accumulate
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return (self.stop - self.start) * self.accumulate
 
     def __getitem__(self, i: int) -> Batch | DataError:
         try:
-            return self.draw(*self.keys[i])
+            step, micro = divmod(i, self.accumulate)
+            return self.draw(self.start + step, micro)
         except DataError as error:  # raised in a worker it would lose its type
             return error
 

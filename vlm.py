@@ -165,6 +165,12 @@ ISOLATED = ("retrieval", "segmentation", "localization", "qa")
 KINDS = ("full", *ISOLATED, "captioning")
 
 
+def square(real: Tensor) -> Tensor:
+    """Let real tokens (B, L) look at each other, all others at themselves alone: (B, L, L)."""
+    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    return real[:, :, None] & real[:, None, :] | itself
+
+
 def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor:
     """Say which token may look at which (Figure 3, sec. 4.1-4.5).
 
@@ -187,16 +193,13 @@ def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor
     video = torch.cat([~one, video_valid, one, no_text], 1)  # v.. and their [SEP]
     text = torch.cat([~one, no_video, ~one, text_valid], 1)  # t.. and their [SEP]
 
-    def look(rows: Tensor, columns: Tensor) -> Tensor:
-        return rows[:, :, None] & columns[:, None, :]
-
     if kind == "full":
-        attend = look(cls | video | text, cls | video | text)
-    elif kind == "captioning":  # text is generated: it sees the video and the words before it
-        attend = look(cls | video | text, cls | video) | look(text, text).tril()
-    else:  # isolated: two squares; [CLS] would join them, so it stands alone
-        attend = look(cls, cls) | look(video, video) | look(text, text)
-    return attend | torch.eye(cls.shape[1], dtype=torch.bool, device=cls.device)
+        return square(cls | video | text)
+    if kind == "captioning":  # text is generated: it sees the video and the words before it
+        before = square(text).tril()
+        return square(cls | video) | (text[:, :, None] & (cls | video)[:, None, :]) | before
+    # isolated: two squares; [CLS] would join them, so it stands alone
+    return square(video) | square(text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,12 +606,6 @@ class VLM(nn.Module):
         counts = video_hidden.sum(), text_hidden.sum()
         chances = (math.log(n) for n in candidates)
         return LossSums(video_sum, counts[0], text_sum, counts[1], *chances, joint=loss == "vlm")
-
-
-def square(real: Tensor) -> Tensor:
-    """Let real tokens (B, L) look at each other, padding at itself: attend (B, L, L)."""
-    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    return real[:, :, None] & real[:, None, :] | itself
 
 
 # ---------------------------------------------------------------------------------------------
