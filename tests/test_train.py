@@ -170,7 +170,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small_toy, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(small_toy, tmp_path):
-    """Five real kills, two ranks, then the weights equal an uninterrupted run's bit for bit."""
+    """Five real kills of one process, then the weights equal an uninterrupted run's bit for bit."""
     rng = np.random.default_rng(0)
     settings = TINY | {"steps": 400, "save_every": 1}
     args = flags(data=small_toy, out=tmp_path / "cut", **settings)
