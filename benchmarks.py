@@ -95,9 +95,10 @@ def read_table(path: Path, columns: list[str], bad: Callable, delimiter: str = "
 def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
     """Read MSR-VTT (sec. 5.1.2), those of its files that are there.
 
-    Returns: {"train": clips, one a sentence; "test": 1k-A clips; "qa": (video, 5 answers, right)}.
+    Returns: {"train": clips, one a sentence; "test": 1k-A clips; "qa": (video, 5 answers, right);
+             "references": {video: its sentences}, of videos that are not trained on}.
     """
-    out = {"train": [], "test": [], "qa": []}
+    out = {"train": [], "test": [], "qa": [], "references": {}}
     names = {}
     if (path := folder / "MSRVTT_JSFUSION_test.csv").exists():
         rows = read_table(path, ["vid_key", "video_id", "sentence"], bad)
@@ -121,6 +122,8 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
                 bad(f"{path}: sentence {i} is {str(row)[:80]}, wanted video_id and caption")
             elif video in train:
                 out["train"].append(Clip(video, caption))
+            else:
+                out["references"].setdefault(video, []).append(caption)
     if (path := folder / "MSRVTT_QA_test.csv").exists():
         columns = ["vid_key", *(f"a{i}" for i in range(1, 6)), "answer"]
         for i, row in enumerate(read_table(path, columns, bad, delimiter="\t")):

@@ -388,14 +388,30 @@ def lay_out(
     video: np.ndarray, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
 ):
     """Build a Batch of flat rows: video (sum of seconds, E), text (sum of pieces,), counts (B,)."""
-    n_video, n_text = torch.from_numpy(seconds).long(), torch.from_numpy(pieces).long()
-    video, video_valid = ragged(torch.from_numpy(video), n_video, max(1, int(n_video.max())))
-    ids = torch.from_numpy(text.astype(np.int64))
-    text, real = ragged(ids, n_text, int(n_text.max()) + 1)
+    return Batch(*lay_out_video(video, seconds), *lay_out_text(text, pieces, c))
+
+
+def lay_out_video(video: np.ndarray, seconds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Pad flat rows (sum of seconds, E) of B clips: video (B, V, E), video_valid (B, V)."""
+    n_video = torch.from_numpy(seconds).long()
+    return ragged(torch.from_numpy(video), n_video, max(1, int(n_video.max())))
+
+
+def lay_out_text(text: np.ndarray, pieces: np.ndarray, c: VLMConfig) -> tuple[Tensor, Tensor]:
+    """Add [SEP] to flat word pieces (sum of pieces,) and pad: text (B, T), text_valid (B, T)."""
+    n_text = torch.from_numpy(pieces).long()
+    text, real = ragged(torch.from_numpy(text.astype(np.int64)), n_text, int(n_text.max()) + 1)
     text = text.masked_fill(~real, c.pad_token_id)
     text[torch.arange(len(n_text)), n_text] = c.sep_token_id
-    text_valid = torch.arange(text.shape[1]) <= n_text[:, None]
-    return Batch(video, video_valid, text, text_valid)
+    return text, torch.arange(text.shape[1]) <= n_text[:, None]
+
+
+def encode(texts: list[str], tokenizer: Tokenizer, c: VLMConfig) -> tuple[Tensor, Tensor]:
+    """Turn texts into word pieces, cut to what fits: text (B, T), text_valid (B, T)."""
+    found = tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = [text.ids[: c.max_text_len - 1] for text in found]
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
+    return lay_out_text(flat, np.array([len(x) for x in ids]), c)
 
 
 @dataclass
@@ -552,11 +568,8 @@ def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VL
         )
         rows.append(features.rows(clip.video, np.arange(start, end)))
         n_video.append(end - start)
-    texts = tokenizer.encode_batch([clip.text for clip in clips], add_special_tokens=False)
-    ids = [text.ids[: c.max_text_len - 1] for text in texts]
-    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
-    n_text = np.array([len(x) for x in ids])
-    return lay_out(np.concatenate(rows), np.array(n_video), flat, n_text, c)
+    text, text_valid = encode([clip.text for clip in clips], tokenizer, c)
+    return Batch(*lay_out_video(np.concatenate(rows), np.array(n_video)), text, text_valid)
 
 
 @dataclass

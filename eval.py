@@ -1,19 +1,39 @@
-"""Metrics and evaluation (sec. 5.3-5.5): text-to-video retrieval by two encoders that never meet.
+"""Metrics and tables (sec. 5.3-5.5): what a run knows, beside chance and a constant predictor.
 
-Similarity is the paper's dot product or the centred cosine: each modality minus its mean over
-training clips (kept in the run), then the cosine. Scores are unbounded logits or lie in -1..1.
+    python eval.py retrieval --run RUN --data DATA      one of the five tasks, fine-tuned or not
+    python eval.py captions --references R.json --hypotheses H.json        captions from files
+    python eval.py heads|space|curves --run RUN --plot FILE.png            pictures (matplotlib)
+
+Retrieval, qa and localization need no fine-tuning; segmentation needs its classifier, and captions
+are poor without. `--json`, `--predictions` and `--errors N` (Tables 10 and 11) say more.
+
+Similarity is the paper's dot product or, before fine-tuning, also the centred cosine: each modality
+minus its mean over training clips (kept in the run), then the cosine. Scores are unbounded logits
+or lie in -1..1. Letters as in vlm.py, and N items, K candidates or labels.
 """
 
+import argparse
 import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import captions
 from benchmarks import Clip
-from data import Corpus, FeatureStore, pairs
-from vlm import VLM, nce
+from captions import caption_scores
+from data import Corpus, FeatureStore, encode, open_features, pairs
+from tasks import DATASETS, Item, Task, open_task
+from vlm import VLM, load_run, nce, run
+
+# ---------------------------------------------------------------------------------------------
+# Retrieval metrics (Tables 2 and 3)
 
 
 def ranks(text: Tensor, video: Tensor, rows: int = 1024) -> np.ndarray:
@@ -53,6 +73,71 @@ def retrieval_chance(n: int) -> dict[str, float]:
     return {f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)} | {"median rank": (n + 1) / 2}
 
 
+# ---------------------------------------------------------------------------------------------
+# Action segmentation and step localization (Tables 4 and 5)
+
+
+def segmentation(guess: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
+    """Score labels second by second, all videos together; label 0 is the background.
+
+    Returns: frame accuracy, as COIN reports it; the same without background seconds, which tell
+             more, for calling everything background is right most of the time; and the mean over
+             the classes that occur. NaN where nothing but background occurs.
+    """
+    guess, truth = np.concatenate(list(guess)), np.concatenate(list(truth))
+    right, shown = guess == truth, truth > 0
+    classes = [right[truth == k].mean() for k in np.unique(truth)]
+    return {
+        "frame accuracy": float(right.mean()),
+        "without background": float(right[shown].mean()) if shown.any() else float("nan"),
+        "mean over classes": float(np.mean(classes)),
+    }
+
+
+def assign(score: np.ndarray) -> np.ndarray:
+    """Give every step one second, in order, so that the sum of scores is greatest (CrossTask).
+
+    Dynamic programming: best[k, t] = score[t, k] + max of best[k-1, u] over the seconds u < t.
+
+    Args:    score (n, K): any finite number for each second and step.
+    Returns: (K,) strictly increasing seconds; of equal sums the one with the earlier seconds.
+    Raises:  ValueError when there are fewer seconds than steps.
+
+    >>> assign(np.array([[0.0, 5.0], [1.0, 0.0], [0.0, 3.0]])).tolist()
+    [1, 2]
+    """
+    n, K = score.shape
+    if n < K:
+        raise ValueError(f"{n} seconds cannot hold {K} steps in order")
+    best, back = score[:, 0].astype(np.float64), np.zeros((K, n), dtype=int)
+    for k in range(1, K):
+        top = np.maximum.accumulate(best)  # max over u <= t
+        first = np.r_[True, best[1:] > top[:-1]]
+        where = np.maximum.accumulate(np.where(first, np.arange(n), 0))  # and the first such u
+        back[k, 1:] = where[:-1]
+        best = score[:, k] + np.r_[-np.inf, top[:-1]]
+    steps = [int(best.argmax())]
+    for k in range(K - 1, 0, -1):
+        steps.append(int(back[k, steps[-1]]))
+    return np.array(steps[::-1])
+
+
+def recall(hits: Iterable[tuple[str, float, int]]) -> float:
+    """Average recall over tasks: of the steps that a task's videos show, how many were hit.
+
+    Args: hits: (task, steps whose second falls inside the step's time, steps shown) of each video.
+    """
+    hit, shown = Counter(), Counter()
+    for task, right, total in hits:
+        hit[task] += right
+        shown[task] += total
+    return float(np.mean([hit[task] / shown[task] for task in shown]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Embedding
+
+
 @torch.no_grad()
 def embed_clips(
     model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip], size: int = 64
@@ -65,6 +150,24 @@ def embed_clips(
         text.append(model.embed_text(batch.text, batch.text_valid).float().cpu())
         video.append(model.embed_video(batch.video, batch.video_valid).float().cpu())
     return torch.cat(text), torch.cat(video)
+
+
+@torch.no_grad()
+def embed_texts(model: VLM, tokenizer: Tokenizer, texts: list[str], size: int = 256) -> Tensor:
+    """Embed texts without any video, `size` at a time: (N, D)."""
+    out = []
+    for i in range(0, len(texts), size):
+        text = encode(texts[i : i + size], tokenizer, model.config)
+        out.append(model.embed_text(*(x.to(model.video_mean.device) for x in text)).float().cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def read_video(model: VLM, features: FeatureStore, video: str, stride: int | None = None) -> Tensor:
+    """Encode a whole video without any text, by windows if it is long: h (seconds, D)."""
+    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
+    x = x.to(model.video_mean.device)
+    return model.encode_video(x, torch.ones_like(x[:, :, 0], dtype=torch.bool), stride)[0, :-1]
 
 
 def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +189,340 @@ def zero_shot_retrieval(
         "centred cosine": retrieval(*centre(model, text, video)),
         "chance": retrieval_chance(len(clips)),
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# The five tasks: a model's answers to items, and their score
+
+
+@dataclass
+class Answers:
+    """How a model did: `rows` of metrics by name, the first one the paper's protocol.
+
+    predictions: what goes to --predictions. errors: (what was asked, wrong, right) texts.
+    """
+
+    rows: dict[str, dict[str, float]]
+    predictions: object
+    errors: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer: captions' search and tokenizer, the stride of windows (seconds)."""
+
+    beams: int = 5
+    max_new_tokens: int = 24
+    tokenizer: str = "bert"
+    meteor_data: str | None = None
+    stride: int = 16
+
+
+def spaces(model: VLM, text: Tensor, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the spaces to compare in: the paper's and, before fine-tuning, the centred one."""
+    out = {"dot product": (text, video)}
+    if model.config.stage == "pre-trained":
+        out["centred cosine"] = tuple(centre(model, text, video))
+    return out
+
+
+def answer_retrieval(model, tokenizer, features, items: list[Item], options: Options) -> Answers:
+    """Find each sentence's clip among all (sec. 4.1)."""
+    clips = [item.clip for item in items]
+    both = spaces(model, *embed_clips(model, tokenizer, features, clips))
+    text, video = both["dot product"]
+    predictions, errors = [], []
+    for i in range(0, len(clips), 1024):
+        top = (text[i : i + 1024] @ video.T).topk(min(10, len(clips))).indices.tolist()
+        for clip, found in zip(clips[i : i + 1024], top, strict=True):
+            best = clips[found[0]]
+            ids = [name(clips[j]) for j in found]
+            predictions.append({"text": clip.text, "video": name(clip), "top": ids})
+            if best != clip:
+                errors.append((clip.text, best.text, clip.text))
+    return Answers({k: retrieval(*pair) for k, pair in both.items()}, predictions, errors)
+
+
+def answer_qa(model, tokenizer, features, items: list[Item], options: Options) -> Answers:
+    """Choose the answer that is most similar to the video (sec. 4.4); a tie is wrong."""
+    texts = [text for item in items for text in item.texts]
+    _, video = embed_clips(model, tokenizer, features, [item.clip for item in items])
+    counts = torch.tensor([len(item.texts) for item in items])
+    video = video.repeat_interleave(counts, 0)  # row i: the video that answer i is about
+    rows, predictions, errors = {}, [], []
+    for space, (t, v) in spaces(model, embed_texts(model, tokenizer, texts), video).items():
+        score = (t.double() * v.double()).sum(1)
+        if not score.isfinite().all():
+            raise ValueError("an answer has a similarity that is NaN or infinite")
+        right = 0
+        for item, s in zip(items, score.split(counts.tolist()), strict=True):
+            own = s[item.right]
+            tied = int((s >= own - 1e-9 * own.abs()).sum()) > 1
+            right += not tied
+            if not rows:
+                guess = int(s.argmax())
+                predictions.append({"video": item.clip.video, "answer": guess})
+                if guess != item.right:
+                    errors.append((item.clip.video, item.texts[guess], item.texts[item.right]))
+        rows[space] = {"accuracy": right / len(items)}
+    return Answers(rows, predictions, errors)
+
+
+@torch.no_grad()
+def answer_segmentation(model, tokenizer, features, items, options: Options) -> Answers:
+    """Label every second of whole videos (sec. 4.2); names of labels are COIN's ids."""
+    guesses = []
+    for item in items:
+        h = read_video(model, features, item.clip.video, options.stride)
+        guesses.append(model.classifier(h).argmax(1).cpu().numpy())  # averaged h, averaged logits
+    labels = model.config.labels or [str(k) for k in range(model.config.num_labels)]
+    predictions = {
+        item.clip.video: [labels[k] for k in guess]
+        for item, guess in zip(items, guesses, strict=True)
+    }
+    truths = [item.truth for item in items]
+    wrong = Counter()
+    for guess, truth in zip(guesses, truths, strict=True):
+        wrong.update(zip(guess[guess != truth], truth[guess != truth], strict=True))
+    shown = [*(x or "background" for x in labels), "unknown label"]
+    errors = [(f"{seconds} seconds", shown[a], shown[b]) for (a, b), seconds in wrong.most_common()]
+    return Answers({"model": segmentation(guesses, truths)}, predictions, errors)
+
+
+@torch.no_grad()
+def answer_localization(model, tokenizer, features, items, options: Options) -> Answers:
+    """Find the second of each step of a video's task (sec. 4.3).
+
+    A second's dot products with the steps become log-probabilities over steps, and every step gets
+    one second, in order. "any order" takes each step's best second instead.
+    """
+    said = list(dict.fromkeys(text for item in items for text in item.texts))
+    e = dict(zip(said, embed_texts(model, tokenizer, said), strict=True))
+    hits, predictions, errors = {}, {}, []
+    for item in items:
+        steps = torch.stack([e[text] for text in item.texts])  # (S, D)
+        h = read_video(model, features, item.clip.video, options.stride).float().cpu()  # (n, D)
+        n, S = item.truth.shape
+        for space, (t, v) in spaces(model, steps, h).items():
+            log_p = (v.double() @ t.double().T).log_softmax(1).numpy()  # (n, S)
+            if not np.isfinite(log_p).all():
+                raise ValueError(f"{item.clip.video}: a similarity is NaN or infinite")
+            # fewer seconds than steps: no assignment in order exists, every step is missed
+            found = {"": assign(log_p) if n >= S else None, ", any order": log_p.argmax(0)}
+            for order, seconds in found.items():
+                right = 0 if seconds is None else item.truth[seconds, range(S)].sum()
+                row = (item.clip.key, right, item.truth.any(0).sum())
+                hits.setdefault(space + order, []).append(row)
+            if space == "dot product" and n >= S:
+                video = f"{item.clip.key}_{item.clip.video}"
+                predictions[video] = found[""].tolist()
+                for s, second in enumerate(found[""]):
+                    if item.truth[:, s].any() and not item.truth[second, s]:
+                        when = np.flatnonzero(item.truth[:, s])
+                        where = f"{when[0]}-{when[-1] + 1} s"
+                        said = f"{video}: {item.texts[s]}"
+                        errors.append((said, f"{second}-{second + 1} s", where))
+    rows = {name: {"recall": recall(h)} for name, h in hits.items()}
+    return Answers(rows, predictions, errors)
+
+
+@torch.no_grad()
+def answer_captioning(model, tokenizer, features, items, options: Options) -> Answers:
+    """Caption clips (sec. 4.5) and score them against all references of each."""
+    device, said = model.video_mean.device, []
+    for i in range(0, len(items), 32):
+        batch = pairs(features, [x.clip for x in items[i : i + 32]], tokenizer, model.config)
+        video = batch.video.to(device), batch.video_valid.to(device)
+        said += model.generate(*video, options.beams, options.max_new_tokens)
+    texts = [tokenizer.decode(ids) for ids in said]
+    rows = {"model": score_captions(items, texts, tokenizer, options)}
+    predictions = [
+        {"image_id": name(item.clip), "caption": text}
+        for item, text in zip(items, texts, strict=True)
+    ]
+    errors = [
+        (name(item.clip), text, item.texts[0])
+        for item, text in zip(items, texts, strict=True)
+        if text not in item.texts
+    ]
+    return Answers(rows, predictions, errors)
+
+
+def score_captions(items: list[Item], texts: list[str], tokenizer, options: Options) -> dict:
+    """Score one caption for each item (Table 7): BLEU-3, BLEU-4, METEOR, ROUGE-L, CIDEr."""
+    found = caption_scores(
+        {name(item.clip): list(item.texts) for item in items},
+        {name(item.clip): text for item, text in zip(items, texts, strict=True)},
+        options.tokenizer,
+        word_pieces=tokenizer,
+        meteor_data=options.meteor_data,
+    )
+    return {k: v for k, v in found.items() if k not in ("BLEU-1", "BLEU-2")}
+
+
+def name(clip: Clip) -> str:
+    """Name a clip: its video, or its segment of the video."""
+    return f"{clip.video}_{clip.key}" if clip.key else clip.video
+
+
+ANSWER = {
+    "retrieval": answer_retrieval,
+    "qa": answer_qa,
+    "segmentation": answer_segmentation,
+    "localization": answer_localization,
+    "captioning": answer_captioning,
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Beside the model: chance, the constant predictor, the paper
+
+PAPER = {  # percentages as fractions; median rank and CIDEr as they are
+    ("retrieval", "msrvtt"): {"R@1": 0.281, "R@5": 0.555, "R@10": 0.674, "median rank": 4},
+    ("retrieval", "youcook2"): {"R@1": 0.2705, "R@5": 0.5688, "R@10": 0.6938, "median rank": 4},
+    ("qa", "msrvtt"): {"accuracy": 0.9164},
+    ("segmentation", "coin"): {"frame accuracy": 0.6839},
+    ("localization", "crosstask"): {"recall": 0.465},
+    ("captioning", "youcook2"): {
+        "BLEU-3": 0.1778, "BLEU-4": 0.1227, "METEOR": 0.1822, "ROUGE-L": 0.4151, "CIDEr": 1.3869
+    },
+}  # fmt: skip
+ZERO_SHOT = {("localization", "crosstask"): {"recall": 0.285}}
+
+
+def chance(task: Task, tokenizer: Tokenizer, options: Options) -> dict[str, float]:
+    """Return what guessing scores on the test items."""
+    items, rng = task.test, np.random.default_rng(0)
+    if task.name == "retrieval":
+        return retrieval_chance(len(items))
+    if task.name == "qa":
+        return {"accuracy": float(np.mean([1 / len(item.texts) for item in items]))}
+    if task.name == "segmentation":  # any label equally likely, whatever is shown
+        metrics = segmentation([x.truth for x in items], [x.truth for x in items])
+        return {k: 1 / len(task.labels) for k in metrics}
+    if task.name == "localization":  # a random second for each step
+        return {
+            "recall": recall(
+                (x.clip.key, x.truth.mean(0).sum(), x.truth.any(0).sum()) for x in items
+            )
+        }
+    said = [item.clip.text for group in task.train for item in group]
+    texts = [said[i] for i in rng.integers(len(said), size=len(items))]  # any training sentence
+    return score_captions(items, texts, tokenizer, options)
+
+
+def constant(task: Task, tokenizer: Tokenizer, options: Options) -> tuple[str, dict[str, float]]:
+    """Return the best predictor that does not look at the video: (what it does, its score)."""
+    items = task.test
+    if task.name == "retrieval":
+        return "one order of clips for all texts", retrieval_chance(len(items))
+    if task.name == "qa":
+        right = Counter(item.right for item in items).most_common(1)[0]
+        return f"always answer {right[0]}", {"accuracy": right[1] / len(items)}
+    if task.name == "segmentation":
+        truths = [item.truth for item in items]
+        return "background only", segmentation([np.zeros_like(t) for t in truths], truths)
+    if task.name == "localization":  # steps spread evenly over the video, in order
+        hits = []
+        for x in items:
+            n, S = x.truth.shape
+            seconds = np.minimum(np.round((np.arange(S) + 0.5) * n / S), n - 1).astype(int)
+            hits.append((x.clip.key, x.truth[seconds, range(S)].sum(), x.truth.any(0).sum()))
+        return "steps spread evenly", {"recall": recall(hits)}
+    said = Counter(item.clip.text for group in task.train for item in group)
+    text = said.most_common(1)[0][0] if said else ""
+    found = score_captions(items, [text] * len(items), tokenizer, options)
+    return "the commonest training sentence", found
+
+
+@dataclass
+class Report:
+    """One table: the model's rows, chance, the constant predictor and the paper's own row."""
+
+    task: str
+    dataset: str
+    n: int
+    stage: str
+    answers: Answers
+    chance: dict[str, float]
+    constant: dict[str, float]
+    constant_name: str
+    paper: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def model(self) -> dict[str, float]:
+        """The row of the paper's protocol."""
+        return next(iter(self.answers.rows.values()))
+
+    def to_json(self) -> dict:
+        """Return what --json writes (percentages as fractions)."""
+        out = {"task": self.task, "dataset": self.dataset, "n": self.n, "stage": self.stage}
+        out |= {"model": self.model, "chance": self.chance, "constant": self.constant}
+        return out | {"rows": self.answers.rows, "paper": self.paper}
+
+    def __str__(self) -> str:
+        rows = {k if k != "model" else "this model": v for k, v in self.answers.rows.items()} | {
+            "chance": self.chance,
+            self.constant_name: self.constant,
+        }
+        if self.paper:
+            rows["the paper's model, real data"] = self.paper
+        columns = list(self.model)
+        columns += [c for c in self.paper if c not in columns]
+        wide = max(map(len, rows))
+        head = f"{self.task} on {self.dataset}, {self.n} items, {self.stage}{self.note}"
+        lines = [head, " " * wide + "".join(f"  {c}" for c in columns)]
+        for title, row in rows.items():
+            cells = (f"{row[c]:.3f}" if c in row else "-" for c in columns)
+            lines.append(title.ljust(wide) + "".join(
+                f"  {x:>{len(c)}}" for x, c in zip(cells, columns, strict=True)
+            ))  # fmt: skip
+        return "\n".join(lines)
+
+
+def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> Report:
+    """Answer a task's test items and set the score beside chance, a constant and the paper."""
+    c = model.config
+    if task.name == "segmentation" and not c.num_labels:
+        raise ValueError("this run has no classifier: torchrun finetune.py segmentation makes one")
+    model.eval()
+    answers = ANSWER[task.name](model, tokenizer, task.features, task.test, options)
+    key = task.name, task.dataset
+    fine_tuned = c.stage == "fine-tuned"
+    stage = f"fine-tuned for {c.task}" if fine_tuned else f"{c.stage}, not fine-tuned"
+    text, row = constant(task, tokenizer, options)
+    return Report(
+        task.name,
+        task.dataset,
+        len(task.test),
+        stage,
+        answers,
+        chance(task, tokenizer, options),
+        row,
+        text,
+        PAPER.get(key, {}) if fine_tuned else ZERO_SHOT.get(key, {}),
+        f", tokenizer {options.tokenizer}" if task.name == "captioning" else "",
+    )
+
+
+def error_table(report: Report, n: int) -> str:
+    """Write rows as in Tables 10 and 11: what was asked, what the model said, what was right."""
+    head = {
+        "retrieval": ("query", "text of the clip that came first", "its own"),
+        "qa": ("video", "chosen", "right"),
+        "segmentation": ("how long", "label", "truth"),
+        "localization": ("step", "found at", "shown at"),
+        "captioning": ("clip", "hypothesis", "reference"),
+    }[report.task]
+    rows = report.answers.errors
+    lines = [f"{len(rows)} errors, the first {min(n, len(rows))}"]
+    for row in rows[:n]:
+        columns = zip(head, row, strict=True)
+        if report.task == "retrieval":
+            columns = list(columns)[:2]
+        lines.append("\n".join(f"  {title:>{max(map(len, head))}}  {x}" for title, x in columns))
+    return "\n\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -151,3 +588,130 @@ def set_means(model: VLM, corpus: Corpus, clips: int = 2048) -> None:
         video.append(model.embed_video(batch.video, batch.video_valid))
     model.text_mean.copy_(torch.cat(text).mean(0))
     model.video_mean.copy_(torch.cat(video).mean(0))
+
+
+# ---------------------------------------------------------------------------------------------
+# python eval.py TASK | captions | heads | space | curves
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare one task's flags."""
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory to evaluate")
+    parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
+    parser.add_argument("--features", metavar="DIR", help="features elsewhere")
+    if len(DATASETS[name]) > 1:
+        parser.add_argument("--dataset", choices=DATASETS[name], help="default: the first there is")
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, counted")
+    parser.add_argument("--errors", type=int, default=0, metavar="N", help="print N mistakes")
+    parser.add_argument("--predictions", metavar="FILE", help="write all answers as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("segmentation", "localization"):
+        how = "seconds from one window to the next (default: the paper's 16)"
+        parser.add_argument("--stride", type=int, default=16, metavar="N", help=how)
+    if name == "captioning":
+        parser.add_argument("--beams", type=int, default=5, metavar="N", help="1: greedy (5)")
+        parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="(24)")
+        parser.add_argument("--tokenizer", choices=("bert", "ptb", "space"), default="bert",
+                            help="how texts become words: the paper's protocol (default), COCO's, "
+                            "nlg-eval's")  # fmt: skip
+        parser.add_argument("--meteor-data", metavar="DIR", help="METEOR's word lists")
+
+
+def task_command(name: str, args: argparse.Namespace) -> int:
+    """Evaluate a run on one task."""
+    model, tokenizer = load_run(args.run, args.device)
+    features = fitting_features(args, model)
+    task = open_task(name, args.data, features, getattr(args, "dataset", None), args.skip_bad,
+                     labels=model.config.labels)  # fmt: skip
+    print("\n".join(task.said))
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Options)}
+    options = Options(**{k: v for k, v in given.items() if v is not None})
+    report = evaluate(model, tokenizer, task, options)
+    print(f"\n{report}")
+    if args.errors:
+        print(f"\n{error_table(report, args.errors)}")
+    if args.predictions:
+        Path(args.predictions).write_text(json.dumps(report.answers.predictions) + "\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return 0
+
+
+PICTURES = {
+    "heads": "Draw attention heads of a clip, with its words and seconds (Figure 4).",
+    "space": "Draw video tokens and word embeddings in two dimensions (sec. 5.5.2).",
+    "curves": "Draw the loss and the validation metric of a run by step.",
+}
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare one picture's flags."""
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--plot", required=True, metavar="FILE.png", help="picture to write")
+    if name != "curves":
+        parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
+        parser.add_argument("--features", metavar="DIR", help="features elsewhere")
+        parser.add_argument("--dataset", choices=DATASETS["retrieval"], help="default: the first")
+    if name == "heads":
+        parser.add_argument("--item", type=int, default=0, metavar="N", help="which test clip (0)")
+
+
+def picture_command(name: str, args: argparse.Namespace) -> int:
+    """Draw one picture."""
+    import pictures  # it reads what this file defines
+
+    if name == "curves":
+        pictures.plot_curves(args.run, args.plot)
+    else:
+        model, tokenizer = load_run(args.run)
+        features = fitting_features(args, model)
+        clips = [x.clip for x in open_task("retrieval", args.data, features, args.dataset).test]
+        if name == "space":
+            pictures.plot_space(model, tokenizer, features, clips, args.plot)
+        elif not 0 <= args.item < len(clips):
+            raise ValueError(f"--item is {args.item}, wanted 0..{len(clips) - 1}")
+        else:
+            clip = clips[args.item]
+            chosen = pictures.plot_heads(model, tokenizer, features, clip, args.plot)
+            print(f"{clip.video}: {clip.text}")
+            print("layer, head: " + "; ".join(f"{layer}, {head}" for layer, head in chosen))
+    print(f"written to {args.plot}")
+    return 0
+
+
+def fitting_features(args: argparse.Namespace, model: VLM) -> FeatureStore:
+    """Open the features and check that the model reads such."""
+    features = open_features(args.data, args.features)
+    if features.width != model.config.video_dim:
+        raise ValueError(
+            f"features are {features.width} wide, the run {args.run} reads "
+            f"{model.config.video_dim}: pass --features of that width"
+        )
+    return features
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of this file's commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in DATASETS:
+        a = commands.add_parser(name, allow_abbrev=False, help=ANSWER[name].__doc__.split("\n")[0])
+        add_task_arguments(a, name)
+    a = commands.add_parser("captions", allow_abbrev=False, help="Score captions from files.")
+    captions.add_arguments(a)
+    for name, about in PICTURES.items():
+        a = commands.add_parser(name, allow_abbrev=False, help=about)
+        add_picture_arguments(a, name)
+    args = parser.parse_args(argv)
+    if args.command == "captions":
+        return captions.command(args)
+    if args.command in PICTURES:
+        return picture_command(args.command, args)
+    return task_command(args.command, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import time
@@ -63,42 +64,34 @@ from vlm import (
 # Settings
 
 
-def opt(default, text: str, group: str = "", metavar: str | None = None, choices=None):
-    """Declare a setting: its help text, and the group that begins with it."""
-    metadata = {"help": text, "group": group, "metavar": metavar, "choices": choices}
+def opt(default, text: str, group: str = "", metavar: str | None = None, choices=None, at=None):
+    """Declare a setting: its help text, and the group that begins with it; at=1: a bare word."""
+    metadata = {"help": text, "group": group, "metavar": metavar, "choices": choices, "at": at}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
-class TrainConfig:
-    """Pre-train. Settings left at None take the toy world's values there, else the paper's."""
+class LoopConfig:
+    """What pre-training and fine-tuning are both told; what is left at None is filled in later."""
 
     data: str = opt("toy", "folder laid out as data.py says; `toy` is written", "data", "DIR")
     features: str | None = opt(
         None, "features elsewhere: a folder of .npy or shards", metavar="DIR"
     )
-    min_text: int = opt(8, "shortest clip text in word pieces; the longest is 64 (paper: 8)")
-    clips_per_video: int | None = opt(None, "clips of one video in a batch (toy 2; paper: 32)")
-    skip_bad: bool = opt(False, "leave bad captions and ids out, counted, instead of stopping")
+    skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
     workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
 
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
     init: str | None = opt(None, "start from the weights of this run", metavar="RUN")
-    layers: int = opt(3, "without --bert and --init: layers of a new, random BERT")
-    width: int = opt(128, "without --bert and --init: its hidden size; heads are 32 wide")
     dropout: float | None = opt(None, "hidden and attention dropout (toy 0; else the model's own)")
 
-    loss: str = opt("vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", "objective",
-                    choices=("vlm", "mfm-mlm"))  # fmt: skip
-    mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
-
-    steps: int | None = opt(None, "steps (toy 1000; else what --epochs give)", "optimisation")
-    epochs: float | None = opt(None, "passes over the videos, --clips-per-video each (paper: 15)")
-    batch: int | None = opt(None, "clips a step, over ranks and micro-batches (toy 32; paper: 256)")
-    accumulate: int = opt(1, "micro-batches a step; V' is then each micro-batch's own")
+    steps: int | None = opt(None, "steps (default: what --epochs give)", "optimisation")
+    epochs: float | None = opt(None, "passes over what is trained on (paper: 15)")
+    batch: int | None = opt(None, "clips a step, over ranks and micro-batches (paper: 256)")
+    accumulate: int = opt(1, "micro-batches a step; each has its own negatives, V' and clips")
     lr: float | None = opt(None, "peak rate (paper: 5e-5; narrower models more, 1e-3 at width 128)")
-    warmup: int | None = opt(None, "steps of linear warm-up (1000, the paper's, or a tenth of all)")
+    warmup: int | None = opt(None, "steps of linear warm-up, at most a tenth of all by default")
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
     clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
     precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
@@ -113,12 +106,9 @@ class TrainConfig:
     json: str | None = opt(None, "write the final summary to this file too", metavar="FILE")
 
     def __post_init__(self):
-        if not 0 <= self.mmm <= 1:
-            raise ValueError(f"--mmm is {self.mmm}, wanted 0..1")
-        if not 1 <= self.min_text <= Corpus.MAX_TEXT:
-            raise ValueError(f"--min-text is {self.min_text}, wanted 1..{Corpus.MAX_TEXT}")
-        for name in ("steps", "epochs", "batch", "accumulate", "clips_per_video", "save_every",
-                     "log_every", "layers", "width", "decay_steps", "lr", "clip"):  # fmt: skip
+        positive = ("steps", "epochs", "batch", "accumulate", "save_every", "log_every",
+                    "decay_steps", "lr", "clip")  # fmt: skip
+        for name in (*positive, *self.POSITIVE):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, wanted more than 0")
@@ -126,6 +116,38 @@ class TrainConfig:
             raise ValueError("--bert and --init both give weights: choose one")
         if self.scratch and not self.bert:
             raise ValueError("--scratch wants the sizes and vocabulary of --bert DIR")
+
+    POSITIVE = ()
+
+    @property
+    def name(self) -> str:
+        """Name a run after its data."""
+        return Path(self.data).resolve().name
+
+
+@dataclass
+class TrainConfig(LoopConfig):
+    """Pre-train. Settings left at None take the toy world's values there, else the paper's."""
+
+    min_text: int = opt(
+        8, "shortest clip text in word pieces; the longest is 64 (paper: 8)", "data"
+    )
+    clips_per_video: int | None = opt(None, "clips of one video in a batch (toy 2; paper: 32)")
+    layers: int = opt(3, "without --bert and --init: layers of a new, random BERT", "model")
+    width: int = opt(128, "without --bert and --init: its hidden size; heads are 32 wide")
+    loss: str = opt("vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", "objective",
+                    choices=("vlm", "mfm-mlm"))  # fmt: skip
+    mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
+
+    POSITIVE = ("clips_per_video", "layers", "width")
+    WARMUP = 1000  # steps (sec. 5.2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.mmm <= 1:
+            raise ValueError(f"--mmm is {self.mmm}, wanted 0..1")
+        if not 1 <= self.min_text <= Corpus.MAX_TEXT:
+            raise ValueError(f"--min-text is {self.min_text}, wanted 1..{Corpus.MAX_TEXT}")
         if self.width % 32:
             raise ValueError(f"--width is {self.width}, wanted a multiple of 32")
 
@@ -142,10 +164,14 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
-    group = parser
+    group, groups = parser, {}
     for field in dataclasses.fields(Config):
         about = field.metadata
-        group = parser.add_argument_group(about["group"]) if about["group"] else group
+        if name := about["group"]:
+            group = groups[name] = groups.get(name) or parser.add_argument_group(name)
+        if about["at"]:
+            parser.add_argument(field.name, help=about["help"], choices=about["choices"])
+            continue
         kind = (typing.get_args(field.type) or (field.type,))[0]
         shown = "" if field.default in (None, False) else f" (default: {field.default})"
         how = dict(help=about["help"] + shown, default=argparse.SUPPRESS)
@@ -252,7 +278,7 @@ class Objective(nn.Module):
 # The loop, and what it needs
 
 
-def learning_rate(step: int, cfg: TrainConfig) -> float:
+def learning_rate(step: int, cfg: LoopConfig) -> float:
     """Warm up linearly, then decay as a polynomial of degree 1 to 0 (sec. 5.2)."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
@@ -342,18 +368,22 @@ def clock(seconds: float) -> str:
 
 
 def fit(
-    cfg: TrainConfig,
+    cfg: LoopConfig,
     ranks: Ranks,
     model: VLM,
     loss: Callable[[VLM, Batch], LossSums],
+    count: Callable[[Batch], tuple[Tensor | int, Tensor | int]],
     draw: Callable[[int, int], Batch],
     out: Path,
     save: Callable[[], None],
+    check: Callable[[int, "Log"], bool] | None = None,
 ) -> tuple[int, float]:
     """Train from the last checkpoint, or the start, to cfg.steps.
 
-    Args:    loss: (model, batch) -> LossSums. draw: (step, micro-batch) -> this rank's batch.
-             out: the run directory. save: writes the model there beside trainer.pt.
+    Args:    loss: (model, batch) -> LossSums. count: batch -> the two counts that loss will have.
+             draw: (step, micro-batch) -> this rank's batch. out: the run directory.
+             save: writes the model there beside trainer.pt. check: (step, log) -> whether it
+             validated after that step, which is then saved too.
     Returns: (step reached, seconds trained): fewer than cfg.steps when a signal asked to stop.
     """
     device, world = ranks.device, ranks.world
@@ -391,10 +421,10 @@ def fit(
                 group["lr"] = learning_rate(step, cfg)
             torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 
-            # ---- the step's batches and, over all ranks and micro-batches, how much they hide
+            # ---- the step's batches and, over all ranks and micro-batches, how much they predict
             batches = [whole(batch) for batch in itertools.islice(loader, cfg.accumulate)]
-            hidden = [[int(b.video_hidden.sum()), int(b.text_hidden.sum())] for b in batches]
-            counts = [*map(sum, zip(*hidden, strict=True)), int(stop.asked)]
+            asked = [[int(n) for n in count(b)] for b in batches]
+            counts = [*map(sum, zip(*asked, strict=True)), int(stop.asked)]
             video_count, text_count, stop_now = ranks.sum(torch.tensor(counts, device=device))
 
             # ---- forward and backward, one micro-batch at a time
@@ -441,8 +471,12 @@ def fit(
                 log(row, log_line(row, cfg.steps))
                 since, logged, total = now, done, Totals(device)
 
-            # ---- save
-            if done % cfg.save_every == 0 or done == cfg.steps or stop_now:
+            # ---- validate, save
+            checked = check is not None and check(done, log)
+            if checked:
+                model.train()
+                since += time.monotonic() - now
+            if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
                 if ranks.rank == 0:
                     spent = before + time.monotonic() - begun
                     save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
@@ -462,11 +496,11 @@ class Totals:
     def add(self, parts: list[tuple[LossSums, Batch]]) -> None:
         """Count a step's micro-batches on this rank."""
         for sums, b in parts:
-            tokens = b.video_valid.sum() + b.text_valid.sum() + 2 * len(b.text)  # [CLS] and [SEP]
+            tokens = b.video_valid.sum() + b.text_valid.sum() + 2 * len(b.video)  # [CLS] and [SEP]
             blind = (~b.video_valid.any(1)).sum()
             row = [sums.video_sum, sums.video_count, sums.text_sum, sums.text_count, tokens, blind]
             self.sums[:6] += torch.stack([x.detach().double() for x in row])
-            self.sums[6] += len(b.text)
+            self.sums[6] += len(b.video)
             self.chance, self.joint = (sums.video_chance, sums.text_chance), sums.joint
 
     def row(self, ranks: Ranks, seconds: float) -> dict:
@@ -494,8 +528,9 @@ def log_line(row: dict, steps: int) -> str:
     """Write a log row for a reader."""
     loss = "no step was finite"
     if row["loss"] is not None:
-        loss = f"loss {row['loss']:.3f} (video {row['video']:.2f} text {row['text']:.2f}; "
-        loss += f"chance {row['chance']:.2f})"
+        both = f"video {row['video']:.2f} text {row['text']:.2f}; "
+        both = both if row["video"] and row["text"] else ""
+        loss = f"loss {row['loss']:.3f} ({both}chance {row['chance']:.2f})"
     line = (
         f"step {row['step']:>{len(str(steps))}}/{steps} | {loss} | "
         f"lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms | "
@@ -560,34 +595,38 @@ def last_checkpoint(out: Path) -> str:
 # Pre-training
 
 
-def settle(cfg: TrainConfig, given: set[str]) -> TrainConfig:
+def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPER) -> LoopConfig:
     """Fill what was left open: from the run that goes on, or the toy world's or the paper's."""
     if cfg.resume:
         out = Path(cfg.out or newest_run(cfg))
         saved = read_checkpoint(out / "trainer.pt")["config"]
-        known = {f.name for f in dataclasses.fields(TrainConfig)}
+        known = {f.name for f in dataclasses.fields(cfg)}
+        if "task" in saved and saved["task"] != getattr(cfg, "task", None):
+            raise ValueError(f"{out} was fine-tuned for {saved['task']}: resume it as that")
+        if "task" in known and "task" not in saved:
+            raise ValueError(f"{out} is a pre-training run: torchrun train.py --resume goes on")
         changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
         for name, value in changed.items():
             if saved.get(name) != value:
                 print(f"resuming with --{name.replace('_', '-')} {value}, it was {saved.get(name)}")
         values = {k: v for k, v in saved.items() if k in known} | changed
-        return TrainConfig(**values | {"resume": True, "out": str(out), "json": cfg.json})
-    defaults = TOY if is_toy(cfg.data) else PAPER
+        return type(cfg)(**values | {"resume": True, "out": str(out), "json": cfg.json})
+    defaults = toy if is_toy(cfg.data) else paper
     empty = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
     if cfg.epochs is not None:
         empty.pop("steps", None)
     return dataclasses.replace(cfg, **empty)
 
 
-def fill_in(cfg: TrainConfig, model: VLM, data: Data) -> None:
-    """Fill what depends on the model and on how much data there is."""
+def fill_in(cfg: LoopConfig, model: VLM, epoch: float) -> None:
+    """Fill what depends on the model and on how many steps an epoch has."""
     if cfg.steps is None:
-        cfg.steps = math.ceil(cfg.epochs * len(data.train.ids) * cfg.clips_per_video / cfg.batch)
+        cfg.steps = max(1, math.ceil(cfg.epochs * epoch))
     cfg.log_every = cfg.log_every or max(1, cfg.steps // 50)
     # DEVIATION: a narrow model wants larger steps, and a short run a shorter warm-up (README). The
     # power leads from the paper's 5e-5 at BERT-base to 1e-3, found by trial, at width 128.
     cfg.lr = cfg.lr or min(1e-3, 5e-5 * (768 / model.config.hidden_size) ** 1.7)
-    cfg.warmup = min(1000, cfg.steps // 10) if cfg.warmup is None else cfg.warmup
+    cfg.warmup = min(cfg.WARMUP, cfg.steps // 10) if cfg.warmup is None else cfg.warmup
 
 
 def is_toy(data: str) -> bool:
@@ -595,47 +634,45 @@ def is_toy(data: str) -> bool:
     return (Path(data) / "toy.json").exists() or (data == "toy" and not Path(data).exists())
 
 
-def newest_run(cfg: TrainConfig) -> Path:
-    """Find the run that --resume without --out means: the newest one on this data."""
-    runs = [p.parent for p in Path("runs").glob(f"{run_name(cfg)}*/trainer.pt")]
+def newest_run(cfg: LoopConfig) -> Path:
+    """Find the run that --resume without --out means: the newest one of this name."""
+    named = re.compile(re.escape(cfg.name) + r"(-\d+)?")
+    runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named.fullmatch(p.parent.name)]
     if not runs:
         raise ValueError("--resume: no run with a trainer.pt under runs/; name one with --out")
     return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
 
 
-def run_name(cfg: TrainConfig) -> str:
-    """Name a run after its data."""
-    return Path(cfg.data).resolve().name
-
-
-def run_directory(cfg: TrainConfig) -> Path:
+def run_directory(cfg: LoopConfig) -> Path:
     """Choose or check the run directory: a new run never writes into another."""
     if cfg.out:
         out = Path(cfg.out)
         if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} is not empty: add --resume to go on, or choose another")
     else:
-        names = (run_name(cfg) + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        names = (cfg.name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
         out = next(p for p in (Path("runs") / name for name in names) if not p.exists())
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
-def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer, Data]:
-    """Open the data and make the model, whose weights depend on seed, --bert and --init alone."""
-    features = open_features(cfg.data, cfg.features)
+def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM, Tokenizer]:
+    """Make the model for features E wide; its weights depend on seed, --bert and --init alone."""
     torch.manual_seed(cfg.seed)
     if run_to_read := cfg.out if cfg.resume else cfg.init:
         model, tokenizer = load_run(run_to_read)
-        if model.config.video_dim != features.width:
-            raise DataError(
-                f"features are {features.width} wide, the run {run_to_read} reads "
-                f"{model.config.video_dim}: pass --features of that width"
-            )
+        if (was := model.config.video_dim) != E:
+            if cfg.resume:
+                raise DataError(f"features are {E} wide, the run {run_to_read} reads {was}: "
+                                "pass --features of that width")  # fmt: skip
+            say(f"features are {E} wide, the run {run_to_read} read {was}: a new video MLP")
+            kept = {k: x for k, x in model.state_dict().items() if not k.startswith("videomlp.")}
+            model = VLM(dataclasses.replace(model.config, video_dim=E))
+            model.load_state_dict(kept, strict=False)
     elif cfg.bert:
         tokenizer = load_tokenizer(cfg.bert)
         path = Path(cfg.bert) / "config.json"
-        model = VLM(VLMConfig.from_json(path, video_dim=features.width))
+        model = VLM(VLMConfig.from_json(path, video_dim=E))
         if not cfg.scratch:
             load_bert(model, cfg.bert, say)
     else:
@@ -646,7 +683,7 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
             hidden_size=cfg.width, num_hidden_layers=cfg.layers, intermediate_size=4 * cfg.width
         )
         shape |= dict(num_attention_heads=cfg.width // 32, max_position_embeddings=96)
-        model = VLM(VLMConfig(video_dim=features.width, **shape, **special_ids(tokenizer)))
+        model = VLM(VLMConfig(video_dim=E, **shape, **special_ids(tokenizer)))
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
@@ -654,6 +691,13 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
             f"the tokenizer has {tokenizer.get_vocab_size()} pieces, the model "
             f"{model.config.vocab_size}: they are not a pair"
         )
+    return model, tokenizer
+
+
+def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer, Data]:
+    """Make the model and open the data to pre-train on."""
+    features = open_features(cfg.data, cfg.features)
+    model, tokenizer = make_model(cfg, features.width, say)
     settings = dict(seed=cfg.seed, clips_per_video=cfg.clips_per_video)
     settings |= dict(min_text=cfg.min_text, mmm=cfg.mmm)
     data, said = open_data(cfg.data, features, tokenizer, model.config, cfg.skip_bad, **settings)
@@ -661,10 +705,8 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
     return model, tokenizer, data
 
 
-def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
-    """Pre-train and evaluate; return the summary, the last line of log.jsonl."""
-    ranks = start_ranks()
-    cfg = ranks.share(settle(cfg, set(given)) if ranks.rank == 0 else None)
+def begin(cfg: LoopConfig, ranks: Ranks) -> None:
+    """Check that the batch divides, and write the toy world if it is asked for and not there."""
     if cfg.batch % (ranks.world * cfg.accumulate):
         raise ValueError(
             f"--batch {cfg.batch} is not divisible by {ranks.world} ranks x "
@@ -675,19 +717,29 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
         ranks.say(f"toy world written to {cfg.data}/")
     if ranks.world > 1:
         dist.barrier()
+
+
+def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
+    """Pre-train and evaluate; return the summary, the last line of log.jsonl."""
+    ranks = start_ranks()
+    cfg = ranks.share(settle(cfg, set(given)) if ranks.rank == 0 else None)
+    begin(cfg, ranks)
     model, tokenizer, data = build(cfg, ranks.say)
-    fill_in(cfg, model, data)
+    fill_in(cfg, model, len(data.train.ids) * cfg.clips_per_video / cfg.batch)
     out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
     cfg.out = str(out)
     model.to(ranks.device)
     # Eq. 9 has no biases: what a loss never reads, DDP must not wait for.
     model.cls["predictions"].bias.requires_grad_(cfg.loss == "mfm-mlm")
     c = model.config
-    c.stage, c.task, c.data = "pre-trained", cfg.loss, run_name(cfg)
+    c.stage, c.task, c.data = "pre-trained", cfg.loss, cfg.name
     ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips")
 
     def loss(model: VLM, batch: Batch) -> LossSums:
         return model.pretrain_loss(batch, cfg.loss, ranks.gather)
+
+    def count(batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.video_hidden.sum(), batch.text_hidden.sum()
 
     def draw(step: int, micro: int) -> Batch:
         part = ranks.rank * cfg.accumulate + micro
@@ -696,7 +748,7 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
     def save() -> None:
         save_run(out, model, tokenizer)
 
-    reached, seconds = fit(cfg, ranks, model, loss, draw, out, save)
+    reached, seconds = fit(cfg, ranks, model, loss, count, draw, out, save)
     if reached < cfg.steps:
         ranks.say(f"stopped at step {reached}; to go on: torchrun train.py --resume --out {out}")
         return {"final": False, "steps": reached}
@@ -743,9 +795,14 @@ def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seco
 def cli() -> int:
     """Run the command line."""
     main(*parse(TrainConfig, description=__doc__))
+    close()
+    return 0
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

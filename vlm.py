@@ -67,6 +67,7 @@ class VLMConfig:
     max_video_len: int = 32  # seconds
     max_len: int = 96  # L at most: [CLS], 32 seconds, [SEP], 61 word pieces, [SEP]
     num_labels: int = 0  # K: action segmentation; 0 builds no classifier
+    labels: list = dataclasses.field(default_factory=list)  # their ids; 0 is the background
     # what these weights are: "untrained", "pre-trained" or "fine-tuned", on which task and data
     stage: str = "untrained"
     task: str = ""
@@ -103,6 +104,8 @@ class VLMConfig:
                 raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
         if self.num_labels < 0:
             raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
+        if self.labels and len(self.labels) != self.num_labels:
+            raise ValueError(f"config: {len(self.labels)} labels, but num_labels {self.num_labels}")
         if self.type_vocab_size < 2:
             raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
 
@@ -131,7 +134,7 @@ class VLMConfig:
 
 @dataclass
 class Batch:
-    """B clips. Only the last three fields belong to pre-training; the data side fills them.
+    """B clips. Pre-training hides tokens and fills three more fields, fine-tuning may give labels.
 
     video        (B, V, E) float: features as extracted, hidden ones too: the model zeroes them
     video_valid  (B, V) bool
@@ -139,6 +142,8 @@ class Batch:
     text_valid   (B, T) bool: True up to and including [SEP]
     video_hidden (B, V) bool, text_hidden (B, T) bool: to be predicted; never padding, never [SEP]
     text_target  (B, T) int64: the original word pieces
+    label        segmentation: (B, V) int64, 0..K-1; localization: (B, V, S) int64, 1 where second v
+                 shows text s; -1 where nothing is asked. S texts may differ from B clips there.
     """
 
     video: Tensor
@@ -148,13 +153,14 @@ class Batch:
     video_hidden: Tensor | None = None
     text_hidden: Tensor | None = None
     text_target: Tensor | None = None
+    label: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same batch on another device."""
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self.fields()))
 
     def fields(self) -> list[Tensor | None]:
-        """List the seven tensors in the order above."""
+        """List the eight tensors in the order above."""
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
 
 
@@ -235,15 +241,27 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.attention_dropout = c.attention_probs_dropout_prob
 
-    def forward(self, x: Tensor, rows: Tensor, attend: Tensor) -> Tensor:
-        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D)."""
-        (B, L, _), D, H = attend.shape, x.shape[1], self.heads
+    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
+        """Queries, keys and values of packed tokens x (N, D), padded: (3, B, H, L, D/H)."""
         # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
         # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
-        qkv = self.attention["self"].values()
-        weight = torch.cat([linear.weight for linear in qkv])
-        x_qkv = F.linear(x, weight, torch.cat([linear.bias for linear in qkv]))  # (N, 3D)
-        q, k, v = pad(x_qkv, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        three, D, H = self.attention["self"].values(), x.shape[1], self.heads
+        weight = torch.cat([linear.weight for linear in three])
+        x = F.linear(x, weight, torch.cat([linear.bias for linear in three]))  # (N, 3D)
+        return pad(x, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None = None) -> Tensor:
+        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
+
+        past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
+        covers too, or an empty list; those of x are added to it.
+        """
+        (B, L, _), D = attend.shape, x.shape[1]
+        q, k, v = self.qkv(x, rows, B, L)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
+            past[:] = k, v
         p = self.attention_dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
         a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
@@ -272,12 +290,14 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(
-        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor
-    ) -> Tensor:
+        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor,
+        past: list[list] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encode token vectors.
 
         Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
-                 real (B, L) bool; attend (B, L, L) bool.
+                 real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
+                 keys and values of the P tokens read before, to which those of x are added.
         Returns: h (B, L, D), zeros at padding, which is never computed.
         """
         B, L, D = x.shape
@@ -286,8 +306,8 @@ class Bert(nn.Module):
         where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
         x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
         x = self.dropout(e["LayerNorm"](x))
-        for layer in self.encoder["layer"]:
-            x = layer(x, rows, attend)
+        for i, layer in enumerate(self.encoder["layer"]):
+            x = layer(x, rows, attend, None if past is None else past[i])
         return pad(x, rows, B, L)
 
 
@@ -415,8 +435,8 @@ class VLM(nn.Module):
         self.bert = Bert(config)
         self.videomlp = VideoMLP(config)
         self.cls = nn.ModuleDict({"predictions": PredictionHead(config)})
-        if config.num_labels:
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        K = config.num_labels
+        self.classifier = nn.Linear(config.hidden_size, K) if K else None
         # Means of embed_video and embed_text over training clips, for the centred cosine.
         self.register_buffer("video_mean", torch.zeros(config.hidden_size))
         self.register_buffer("text_mean", torch.zeros(config.hidden_size))
@@ -455,7 +475,8 @@ class VLM(nn.Module):
             )
         if video.shape[1] > c.max_video_len:
             raise ValueError(
-                f"video is {video.shape[1]} seconds long, at most {c.max_video_len} fit: cut it"
+                f"video is {video.shape[1]} seconds long, at most {c.max_video_len} fit: "
+                "cut it (encode_video alone reads longer ones, in windows)"
             )
         rows = valid.flatten().nonzero()[:, 0]
         own = self.videomlp(
@@ -515,14 +536,42 @@ class VLM(nn.Module):
         x, _ = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
         return self.join(x, batch, kind)
 
-    def encode_video(self, video: Tensor, video_valid: Tensor) -> Tensor:
+    def encode_video(self, video: Tensor, video_valid: Tensor, stride: int | None = None) -> Tensor:
         """Encode video alone: the isolated mask's first square (footnote 2), without text.
 
-        Args:    video (B, V, E), one feature a second, V <= max_video_len; video_valid (B, V).
+        A video longer than max_video_len is read in windows of that length, one every `stride`
+        seconds (sec. 5.1.2: 32 and 16; default half a window), and a second's states are averaged
+        where windows overlap. What is linear in a state, a label's logit or the dot product with a
+        text, is thereby averaged too. The last window may be shorter; no other is.
+
+        Args:    video (B, V, E), one feature a second, of any length; video_valid (B, V).
         Returns: (B, V+1, D): v.. and their [SEP] in the last place; zeros at padding.
+        Raises:  ValueError for a wrong shape, or a stride outside 1..max_video_len.
         """
+        (B, V), M = video_valid.shape, self.config.max_video_len
+        stride = max(1, M // 2) if stride is None else stride
+        if not 1 <= stride <= M:
+            raise ValueError(f"stride is {stride}, wanted 1..{M}: every second must be in a window")
+        if V > M:
+            n = 1 + -(-(V - M) // stride)  # windows
+            extra = (n - 1) * stride + M - V
+            video, valid = F.pad(video, (0, 0, 0, extra)), F.pad(video_valid, (0, extra))
+            seconds = (torch.arange(V, device=valid.device) + 1).mul(video_valid).amax(1)  # (B,)
+            begin = stride * torch.arange(n, device=valid.device)
+            # a window is used if the one before it did not reach the clip's end, padding left out
+            used = (begin + M - stride < seconds[:, None]) | (begin == 0)  # (B, n)
+            valid = valid.unfold(1, M, stride) & used[:, :, None]  # (B, n, M)
+            windows = video.unfold(1, M, stride).transpose(2, 3)  # (B, n, M, E)
+            h = self.encode_video(windows.flatten(0, 1), valid.flatten(0, 1))
+            h = h.view(B, n, M + 1, -1)
+            place = (begin[:, None] + torch.arange(M, device=begin.device)).flatten()
+            total = h.new_zeros(B, V + extra, h.shape[3]).index_add(
+                1, place, h[:, :, :M].flatten(1, 2)
+            )
+            times = h.new_zeros(B, V + extra).index_add(1, place, valid.flatten(1).to(h))
+            sep = (h[:, :, M] * used[:, :, None]).sum(1) / used.sum(1, keepdim=True)
+            return torch.cat([(total / times.clamp(min=1)[:, :, None])[:, :V], sep[:, None]], 1)
         x, _ = self.video_tokens(video, video_valid)
-        B, V = video_valid.shape
         sep = self.special(self.config.sep_token_id, B)
         position, segment = (place[1:] for place in self.places(V, 0, x.device))  # no [CLS]
         real = torch.cat([video_valid, video_valid.new_ones(B, 1)], 1)
@@ -549,15 +598,120 @@ class VLM(nn.Module):
         return h.sum(1) / text_valid.sum(1, keepdim=True).clamp(min=1)
 
     def segment(self, video: Tensor, video_valid: Tensor) -> Tensor:
-        """Give each second its label logits (sec. 4.2): (B, V, E), (B, V) -> (B, V, K)."""
+        """Give each second its label logits (sec. 4.2): (B, V, E), (B, V) -> (B, V, K).
+
+        Videos of any length: a second's logits are averaged over the windows that hold it.
+        """
         if not self.config.num_labels:
-            raise ValueError("this model has num_labels 0: build it with the number of labels")
+            raise ValueError("this model has num_labels 0: fine-tune it for segmentation first")
         return self.classifier(self.encode_video(video, video_valid)[:, :-1])
+
+    def set_labels(self, labels: list[str]) -> None:
+        """Give the model an untrained classifier (sec. 4.2) for label ids, background first."""
+        self.config.labels, self.config.num_labels = list(labels), len(labels)
+        if not labels:
+            self.classifier = None
+            return
+        weight = self.videomlp.linear1.weight
+        self.classifier = nn.Linear(self.config.hidden_size, len(labels)).to(weight)
+        self._init(self.classifier)
 
     def word_logits(self, h: Tensor) -> Tensor:
         """Score the vocabulary as BERT's MLM head does: h (..., D) -> (..., W) logits."""
         head = self.cls["predictions"]
         return F.linear(head(h), self.bert.embeddings["word_embeddings"].weight, head.bias)
+
+    # -- captioning (sec. 4.5) ---------------------------------------------------------------
+
+    def caption_loss(self, batch: Batch, at_once: int | None = None) -> LossSums:
+        """Predict each word of the text from the video and the words before it (sec. 4.5).
+
+        The decoder is BERT under the `captioning` mask: it reads [CLS] t1 .. tn in the text's
+        places and predicts t1 .. tn [SEP] with BERT's MLM head.
+
+        Args:    batch: text (B, T) is t1 .. tn [SEP]. at_once: logits held at a time.
+        Returns: text_sum in nats over text_count word pieces, each text's [SEP] among them.
+        """
+        V = batch.video.shape[1]
+        start = torch.full_like(batch.text[:, :1], self.config.cls_token_id)
+        shifted = torch.cat([start, batch.text[:, :-1]], 1)
+        h = self(dataclasses.replace(batch, text=shifted), "captioning")[:, V + 2 :]  # (B, T, D)
+        head, D = self.cls["predictions"], self.bert.embeddings["word_embeddings"].weight
+        e, target = head(h[batch.text_valid]), batch.text[batch.text_valid]
+        text_sum = nce_in_chunks(e, D.to(e), index=target, bias=head.bias, at_once=at_once)
+        count, zero = batch.text_valid.sum(), text_sum.new_zeros(())
+        return LossSums(zero, count.new_zeros(()), text_sum, count, 0.0, math.log(len(D)), True)
+
+    @torch.no_grad()
+    def generate(
+        self, video: Tensor, video_valid: Tensor, beams: int = 5, max_new_tokens: int = 24
+    ) -> list[list[int]]:
+        """Caption clips by beam search (sec. 4.5); `beams=1` is greedy search.
+
+        A hypothesis scores the sum of its log-probabilities over its length with [SEP]. In each
+        step all continuations of a clip's open hypotheses are ranked by that sum: those among the
+        first `beams` that end in [SEP] are done, the best `beams` of the others go on. A clip is
+        done with `beams` hypotheses, or when all have `max_new_tokens` pieces and must end.
+
+        Args:    video (B, V, E), V <= max_video_len; video_valid (B, V).
+        Returns: each clip's word pieces, at most max_new_tokens, no special token among them.
+        Raises:  ValueError for beams below 1 or max_new_tokens outside 1..max_text_len - 1.
+        """
+        c, (B, V), device = self.config, video_valid.shape, video.device
+        if beams < 1 or not 1 <= max_new_tokens < c.max_text_len:
+            raise ValueError(
+                f"beams {beams} and max_new_tokens {max_new_tokens}: wanted at least 1, and "
+                f"1..{c.max_text_len - 1}"
+            )
+        # The video's keys and values, once: [CLS] v.. [SEP] never look at the text.
+        x, _ = self.video_tokens(video, video_valid)
+        cls, sep = self.special(c.cls_token_id, B), self.special(c.sep_token_id, B)
+        one = video_valid.new_ones(B, 1)
+        real = torch.cat([one, video_valid, one], 1)  # (B, V+2)
+        past = [[] for _ in self.bert.encoder["layer"]]
+        x = torch.cat([cls, x.to(cls), sep], 1)
+        self.bert(x, *self.places(V, 0, device), real, square(real), past)
+
+        special = [c.pad_token_id, c.unk_token_id, c.cls_token_id, c.mask_token_id]
+        banned = torch.zeros(c.vocab_size, device=device)
+        banned[special] = -math.inf
+        last = torch.full((B, 1), c.cls_token_id, device=device)  # (B, k): k open hypotheses
+        score = torch.zeros(B, 1, device=device)  # (B, k): sums of log-probabilities
+        words = torch.zeros(B, 1, 0, dtype=torch.long, device=device)  # (B, k, t)
+        # A clip's hypotheses are k queries that share its cache; which keys are its own ancestors'
+        # is a mask, so that choosing among beams moves no key and no value.
+        attend = real[:, None, :]  # (B, k, V + 2 + all text tokens so far)
+        done: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
+        for t in range(max_new_tokens + 1):
+            k = last.shape[1]
+            itself = torch.eye(k, dtype=torch.bool, device=device).expand(B, k, k)
+            attend = torch.cat([attend, itself], 2)
+            place = torch.full((k,), c.max_video_len + 2 + t, device=device)
+            real = torch.ones(B, k, dtype=torch.bool, device=device)
+            x = self.word_tokens(last)
+            h = self.bert(x, place, torch.ones_like(place), real, attend, past)  # (B, k, D)
+            step = self.word_logits(h).float().log_softmax(2) + banned  # (B, k, W)
+            if t == max_new_tokens:  # every hypothesis must end now
+                only = torch.full_like(banned, -math.inf)
+                only[c.sep_token_id] = 0
+                step = step + only
+            total = (score[:, :, None] + step).flatten(1)  # (B, k W)
+            # Of 2 x beams continuations at most k <= beams end, so `beams` that go on are there.
+            best, index = total.topk(min(2 * beams, total.shape[1]))
+            origin, token = index // c.vocab_size, index % c.vocab_size
+            ends = token == c.sep_token_id
+            for b, rank in (ends & (best > -math.inf)).nonzero().tolist():
+                if rank < beams and len(done[b]) < beams:
+                    text = words[b, origin[b, rank]].tolist()
+                    done[b].append((float(best[b, rank]) / (t + 1), text))
+            if t == max_new_tokens or all(len(d) == beams for d in done):
+                break
+            score, keep = best.masked_fill(ends, -math.inf).topk(min(beams, best.shape[1]))
+            origin, last = origin.gather(1, keep), token.gather(1, keep)  # (B, k)
+            clip = torch.arange(B, device=device)[:, None]
+            words = torch.cat([words[clip, origin], last[:, :, None]], 2)
+            attend = attend[clip, origin]
+        return [max(d, key=lambda found: found[0])[1] for d in done]
 
     # -- pre-training ------------------------------------------------------------------------
 

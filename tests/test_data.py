@@ -196,10 +196,10 @@ def test_a_clip_depends_on_seed_epoch_video_and_clip_alone(corpus):
         split = [corpus.step(3, 24, part, parts) for part in range(parts)]
         size = 24 // parts
         for i, part in enumerate(split):
-            mine = [x[i * size : (i + 1) * size] for x in whole.fields()]
+            mine = [x[i * size : (i + 1) * size] for x in whole.fields()[:7]]
             assert same(part, data.Batch(*mine))
     alone, among = corpus.clips([(0, 9, 3)]), corpus.clips([(0, 9, 0), (0, 9, 3), (0, 2, 1)])
-    assert same(alone, data.Batch(*(x[1:2] for x in among.fields())))
+    assert same(alone, data.Batch(*(x[1:2] for x in among.fields()[:7])))
     for other in ({"seed": 6}, {"min_text": 9}):
         assert not same(whole, dataclasses.replace(corpus, **other).step(3, 24))
     assert not same(corpus.clips([(1, 9, 3)]), alone)

@@ -1,6 +1,9 @@
 """Retrieval metrics against loops; the constant predictors against their formulas."""
 
+import copy
 import dataclasses
+import itertools
+import json
 import math
 
 import numpy as np
@@ -8,7 +11,26 @@ import pytest
 import torch
 
 from data import open_captions, open_corpus, open_features, special_ids, val_clips
-from eval import centre, embed_clips, ranks, retrieval, retrieval_chance, set_means, validate
+from eval import (
+    Options,
+    answer_localization,
+    answer_qa,
+    assign,
+    centre,
+    chance,
+    constant,
+    embed_clips,
+    error_table,
+    evaluate,
+    ranks,
+    recall,
+    retrieval,
+    retrieval_chance,
+    segmentation,
+    set_means,
+    validate,
+)
+from tasks import DATASETS, open_task
 from train import Ranks
 from vlm import VLM, VLMConfig, load_tokenizer
 
@@ -116,3 +138,165 @@ def test_constant_predictors_are_the_best_that_look_at_nothing(small):
     row = table["model"]
     both = (row["video"] * n_video + row["text"] * n_text) / (n_video + n_text)
     assert math.isclose(row["loss"], both, rel_tol=1e-5)
+
+
+# ---- segmentation and localization
+
+
+def best_by_brute_force(score: np.ndarray) -> float:
+    """Try every strictly increasing choice of seconds."""
+    n, K = score.shape
+    choices = itertools.combinations(range(n), K)
+    return max(sum(score[t, k] for k, t in enumerate(chosen)) for chosen in choices)
+
+
+@pytest.mark.parametrize("n, K", [(1, 1), (4, 4), (7, 1), (9, 3), (8, 5)])
+def test_assignment_equals_brute_force_over_all_monotone_ones(n, K):
+    """Whole numbers make ties; the seconds found are in order and worth the best sum there is."""
+    rng = np.random.default_rng(n * K)
+    for _ in range(20):
+        score = rng.integers(-3, 4, (n, K)).astype(float)
+        seconds = assign(score)
+        assert (np.diff(seconds) > 0).all() and len(seconds) == K
+        assert score[seconds, range(K)].sum() == best_by_brute_force(score)
+        fine = score + rng.normal(0, 1, (n, K))
+        assert fine[assign(fine), range(K)].sum() == pytest.approx(best_by_brute_force(fine))
+    assert assign(np.zeros((n, K))).tolist() == list(range(K))  # ties: the earliest
+
+
+def test_too_few_seconds_for_the_steps_is_an_error():
+    with pytest.raises(ValueError, match="2 seconds cannot hold 3 steps"):
+        assign(np.zeros((2, 3)))
+
+
+def test_frame_accuracy_by_hand():
+    """Eight seconds of two videos: 5 right; of six with an action 3 right; classes 0, 1, 2."""
+    truth = [np.array([0, 1, 1, 1]), np.array([2, 2, 2, 0])]
+    guess = [np.array([0, 1, 0, 1]), np.array([2, 1, 0, 0])]
+    found = segmentation(guess, truth)
+    assert found["frame accuracy"] == 5 / 8
+    assert found["without background"] == 3 / 6
+    assert found["mean over classes"] == pytest.approx((2 / 2 + 2 / 3 + 1 / 3) / 3)
+    silent = segmentation([np.zeros(3, int)], [np.zeros(3, int)])
+    assert silent["frame accuracy"] == 1 and math.isnan(silent["without background"])
+
+
+def test_recall_is_averaged_over_tasks_not_over_videos():
+    """CrossTask: task a 3 of 4 steps, task b 1 of 8; the mean of the two."""
+    hits = [("a", 2, 2), ("a", 1, 2), ("b", 1, 8)]
+    assert recall(hits) == pytest.approx((3 / 4 + 1 / 8) / 2)
+
+
+def test_a_sequence_of_features_is_localized_as_a_loop_does(small, small_toy):
+    """Windows, log-softmax over steps, assignment, recall: all again, step by step."""
+    model, tokenizer, _ = small
+    task = open_task("localization", small_toy, open_features(small_toy))
+    found = answer_localization(model, tokenizer, task.features, task.test, Options())
+    per_task = {}
+    for item in task.test:
+        x = torch.from_numpy(task.features.rows(item.clip.video, np.arange(len(item.truth))))
+        states = [[] for _ in x]
+        start = 0
+        while True:
+            part = x[None, start : start + 32]
+            h = model.encode_video(part, torch.ones(1, part.shape[1], dtype=torch.bool))[0, :-1]
+            for i, row in enumerate(h):
+                states[start + i].append(row)
+            if start + 32 >= len(x):
+                break
+            start += 16
+        steps = []
+        for text in item.texts:
+            ids = [*tokenizer.encode(text, add_special_tokens=False).ids, 3]
+            steps.append(model.embed_text(torch.tensor([ids]), torch.ones(1, len(ids)).bool())[0])
+        score = torch.stack([  # averaged over windows after the dot product, as the paper says
+            torch.stack([torch.stack([h @ e for h in second]).mean() for e in steps])
+            for second in states
+        ])  # fmt: skip
+        seconds = assign(score.double().log_softmax(1).detach().numpy())
+        video = f"{item.clip.key}_{item.clip.video}"
+        assert found.predictions[video] == seconds.tolist()
+        row = per_task.setdefault(item.clip.key, [0, 0])
+        for s, second in enumerate(seconds):
+            row[0] += bool(item.truth[second, s])
+            row[1] += bool(item.truth[:, s].any())
+    slow = sum(a / b for a, b in per_task.values()) / len(per_task)
+    assert found.rows["dot product"]["recall"] == pytest.approx(slow)
+
+
+# ---- tables
+
+
+def test_questions_with_tied_answers_are_wrong(small, small_toy):
+    """Twice the right answer: the model cannot tell them apart, so it has not answered."""
+    model, tokenizer, _ = small
+    task = open_task("qa", small_toy, open_features(small_toy))
+    item = task.test[0]
+    same = dataclasses.replace(item, texts=(item.texts[item.right],) * 5)
+    found = answer_qa(model, tokenizer, task.features, [same] * 3, Options())
+    assert found.rows["dot product"]["accuracy"] == 0
+    alone = dataclasses.replace(item, texts=(item.texts[item.right],), right=0)
+    found = answer_qa(model, tokenizer, task.features, [alone], Options())
+    assert found.rows["dot product"]["accuracy"] == 1
+
+
+def test_questions_are_answered_as_a_loop_does(small, small_toy):
+    """Five dot products a question, one at a time."""
+    model, tokenizer, _ = small
+    task = open_task("qa", small_toy, open_features(small_toy))
+    found = answer_qa(model, tokenizer, task.features, task.test, Options())
+    right = 0
+    for item, said in zip(task.test, found.predictions, strict=True):
+        scores = []
+        for text in item.texts:
+            one = [dataclasses.replace(item.clip, text=text)]
+            t, v = embed_clips(model, tokenizer, task.features, one)
+            scores.append(float((t * v).sum()))
+        assert said == {"video": item.clip.video, "answer": int(np.argmax(scores))}
+        right += int(np.argmax(scores)) == item.right
+    assert found.rows["dot product"]["accuracy"] == right / len(task.test)
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_every_table_has_chance_a_constant_and_the_json_of_the_design(small, small_toy, name):
+    """And what is written is what was asked: one prediction an item, ids as in the files."""
+    model, tokenizer, _ = small
+    model = copy.deepcopy(model)
+    task = open_task(name, small_toy, open_features(small_toy))
+    if name == "segmentation":
+        with pytest.raises(ValueError, match="no classifier: torchrun finetune.py segmentation"):
+            evaluate(model, tokenizer, task, Options())
+        model.set_labels(task.labels)
+    report = evaluate(model, tokenizer, task, Options(beams=2, max_new_tokens=5))
+    found = json.loads(json.dumps(report.to_json()))
+    assert found["task"] == name and found["n"] == len(task.test)
+    assert set(found["model"]) == set(found["constant"]) == set(found["chance"])
+    assert all(math.isfinite(x) for row in ("model", "constant", "chance")
+               for x in found[row].values())  # fmt: skip
+    assert len(report.answers.predictions) == len(task.test)
+    assert "chance" in str(report) and str(len(task.test)) in str(report)
+    assert "errors, the first" in error_table(report, 2)
+
+
+def test_constants_and_chance_by_hand(small, small_toy):
+    """Background only, the commonest answer, a random second: counted again here."""
+    _, tokenizer, _ = small
+    features = open_features(small_toy)
+    task = open_task("segmentation", small_toy, features)
+    seconds = np.concatenate([item.truth for item in task.test])
+    assert constant(task, tokenizer, Options())[1]["frame accuracy"] == (seconds == 0).mean()
+    assert constant(task, tokenizer, Options())[1]["without background"] == 0
+    assert chance(task, tokenizer, Options())["frame accuracy"] == 1 / len(task.labels)
+    task = open_task("localization", small_toy, features)
+    shares = {}
+    for item in task.test:
+        for s in range(len(item.texts)):
+            if item.truth[:, s].any():
+                shares.setdefault(item.clip.key, []).append(item.truth[:, s].mean())
+    slow = np.mean([np.mean(x) for x in shares.values()])
+    assert chance(task, tokenizer, Options())["recall"] == pytest.approx(slow)
+    task = open_task("qa", small_toy, features)
+    right = [item.right for item in task.test]
+    assert constant(task, tokenizer, Options())[1]["accuracy"] == max(
+        right.count(k) for k in range(5)
+    ) / len(right)

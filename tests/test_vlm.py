@@ -107,7 +107,7 @@ def hide(batch: Batch, video_hidden=None, text_hidden=None) -> Batch:
 
 def clips(batch: Batch, index) -> Batch:
     """Take some clips of a batch, in this order."""
-    return Batch(*(x[index] for x in batch.fields()))
+    return Batch(*(x if x is None else x[index] for x in batch.fields()))
 
 
 def pad_right(batch: Batch, video: int, text: int) -> Batch:

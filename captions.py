@@ -1,0 +1,1379 @@
+"""Caption metrics: BLEU, ROUGE-L, CIDEr-D and METEOR, as the published scorers count them (sec. 5.4).
+
+    tokenizer   who reads captions so           what reaches the scorers
+    ptb         COCO's evaluation               Penn Treebank tokens, lower-cased, without marks
+    space       nlg-eval                        what stands between spaces, nothing changed
+    bert        the paper, with nlg-eval        decoded word pieces, most marks glued to words
+
+Three readings of one caption give three different numbers: every table says which one it used.
+Read from top to bottom: tokenizers, BLEU, ROUGE-L, CIDEr-D, METEOR (words, stems, word lists,
+candidates, search, score), all metrics of a set of captions, the command.
+
+    python eval.py captions --references R.json --hypotheses H.json     (seconds for 3,000 captions)
+
+METEOR's word lists are not ours to pass on. They are read from the package pycocoevalcap
+(pip install --no-deps pycocoevalcap) or from --meteor-data; without them METEOR knows only equal
+words and equal stems, and is called "METEOR (exact+stem)" wherever it stands.
+"""
+
+import argparse
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import unicodedata
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from benchmarks import DataError, read_text
+
+TOKENIZERS = ("ptb", "space", "bert")
+
+# ---------------------------------------------------------------------------------------------
+# Penn Treebank tokens, as COCO's evaluation makes them (CoreNLP 3.4.1, lower-cased, lines kept)
+
+DROPPED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+# What is inside words besides Unicode's letters, and the marks that are tokens by themselves.
+INSIDE_WORDS = (
+    "ad 2c2-2c5 2d2-2df 2e5-2eb 2ed 2ef-36f 375 378-379 384-385 3f6 483-487 55a-55f 591-5bd 5bf"
+    " 5c1-5c2 5c4-5c5 5c7 615-61a 64b-65e 670 6d6-6e4 6e7-6ed 6fd-6fe 70f 711 730-74c 7a6-7b0"
+    " 7eb-7f3 900-903 93c 93e-94e 951-955 962-963 981-983 9bc 9be-9c4 9c7-9c8 9cb-9cd 9d7 9e2-9e3"
+    " a01-a03 a3c a3e-a4f a81-a83 abc abe-acf b82 bbe-bc2 bc6-bc8 bca-bcd c01-c03 c3e-c56 d3e-d44"
+    " d46-d48 e31 e34-e3a e47-e4e eb1 eb4-ebc ec8-ecd 1885-1886"
+)
+SYMBOLS = (
+    "25-26 2a-2b 5c 5e 7c 7e a5-a9 ac ae-b1 b4-b8 ba d7 f7 37e 387 589 5be 5c0 5c3 5c6 5f3-5f4"
+    " 600-603 606-60c 614 61b 61e-61f 66a 66d 6d4 700-70d 7f6-7f8 964-965 e3f e4f 1fbd 2016-2017"
+    " 2020-2023 2030-2038 203b 203e-2042 2044 207a-207e 208a-208e 20a4 2100-2101 2103-2106"
+    " 2108-2109 2114 2116-2118 211e-2123 2125 2127 2129 212e 213a-213b 2140-2144 214a-214d 214f"
+    " 2190-2bff 3012 30fb ff01-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff65 ffe0-ffe1 ffe5-ffe6"
+)
+QUOTES = {"‘": "`", "‛": "`", "‹": "`", "\x91": "`", "’": "'", "›": "'", "\x92": "'"}
+QUOTES |= {"“": "``", "«": "``", "\x93": "``", "”": "''", "»": "''", "\x94": "''", "&apos;": "'"}
+OTHER_NAMES = {"&amp;": "&", "<": "<", "&lt;": "<", ">": ">", "&gt;": ">", "£": "#", "¢": "cents"}
+OTHER_NAMES |= dict.fromkeys("¤€₠\x80", "$")
+OTHER_NAMES |= {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
+
+
+def spans(codes: str) -> str:
+    """Write code points as the inside of a regular expression's set.
+
+    >>> spans("41-5a 61")
+    'A-Za'
+    """
+    ends = ([re.escape(chr(int(c, 16))) for c in part.split("-")] for part in codes.split())
+    return "".join("-".join(part) for part in ends)
+
+
+def of_category(name: str) -> str:
+    """Write a Unicode category up to 0xffff as the inside of a set: L letters, Lu capitals."""
+    inside = [unicodedata.category(chr(c)).startswith(name) for c in range(0x10000)]
+    edges = np.flatnonzero(np.diff([False, *inside, False])).reshape(-1, 2)
+    return spans(" ".join(f"{first:x}-{last - 1:x}" for first, last in edges))
+
+
+def any_case(pattern: str) -> str:
+    """Let a pattern's letters match in both cases, save those inside its [sets].
+
+    >>> any_case(r"mr|[D]ak")
+    '[mM][rR]|[D][aA][kK]'
+    """
+    both = lambda m: f"[{m[0]}{m[0].swapcase()}]" if len(m[0]) == 1 else m[0]  # noqa: E731
+    return re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|[A-Za-z]", both, pattern)
+
+
+@lru_cache(1)
+def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
+    """Build the rules of tokens: (pattern, how the token is written).
+
+    Group 1 of a pattern is the token; what follows it is context, which is not consumed but counts
+    where rules compete: at each position the longest match wins, and on ties the earlier rule.
+    """
+    letters, upper = of_category("L"), of_category("Lu")
+    inside, entity = letters + spans(INSIDE_WORDS), "&[aeiouAEIOU](?:acute|grave|uml);"
+    L, LD = f"(?:[{inside}]|{entity})", rf"(?:[{inside}\d]|{entity})"
+    word = rf"{L}{LD}*(?:[.!?]{L}{LD}*)*"
+    q, Q = "(?:['’\x92]|&apos;)", "(?:['’\x92`‘‛\x91]|&apos;)"
+    blank = " \t\xa0\u2000-\u200a\u3000"
+    clitic = f"{q}(?:[msdMSD]|re|ve|ll)"
+    acronym2 = (
+        r"(?:u\.s\.-u\.s\.r|u\.s\.-u\.k|(?:canada|sino|korean|eu|japan|non)-u\.s"
+        r"|[A-Za-z](?:\.[A-Za-z])+)"
+    )
+    acronym = f"(?:{acronym2}|[A-Za-z])"
+    tag = (
+        r"(?:<[A-Za-z][A-Za-z0-9_:.-]*(?: +[A-Za-z][A-Za-z0-9_:.-]*"
+        r"(?: *= *(?:'[^'\\\n]*'|\"[^\"\\\n]*\"))?)* */? *>"
+        r"|</[A-Za-z][A-Za-z0-9_:.-]* *>|<[!?][A-Za-z-][^>\n]*>)"
+    )
+    starts_sentence = (
+        "(?:[A]bout|[A]ccording|[A]dditionally|[A]fter|[A]n|[A]|[A]s|[A]t|[B]ut|[D]id|[D]uring"
+        "|[E]arlier|[H]ere|[H]er|[H]e|[H]owever|[H]ow|[I]f|[I]n|[I]t|[L]ast|[M]any|[M]ore|[M]r\\."
+        "|[M]s\\.|[N]ow|[O]nce|[O]ne|[O]ther|[O]ur|[S]he|[S]ince|[S]ome|[S]uch|[T]hat|[T]heir"
+        "|[T]hen|[T]here|[T]he|[T]hese|[T]hey|[T]his|[W]e|[W]hen|[W]hile|[W]hat|[W]ho|[W]hy|[Y]et"
+        "|[Y]ou)"
+    )
+    begins = rf"[{blank}\n]+(?:{starts_sentence}|{tag})[{blank}\n]"
+    abbr1 = (
+        "(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri|ala|ariz"
+        "|[A]z|[A]rk|calif|colo|conn|ct|dak|[D]el|fla|ga|[I]ll|ind|kans?|ky|[L]a|[M]ass|md|mich"
+        "|minn|[M]iss|mo|mont|neb|nev|okla|[O]re|[P]a|penn|tenn|[T]ex|va|vt|[W]ash|wisc?|wyo|inc"
+        "|cos?|corp|[Pp]?[Pp][t][ey][s]?|ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|blvd|rd"
+        r"|bros|ed\.d|ph\.d|esq|etc|al|seq|bldg)"
+    )
+    abbr2 = (
+        f"(?:{acronym}|mr|mrs|ms|[M]iss|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm"
+        "|rev|maj|sgt|cpl|pvt|mt|capt|ste?|ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|adj"
+        "|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|ft|vs|alex|wm|jos|cie|cf|treas|ph|invt|elec"
+        r"|natl|[Mm][ft][g]|dept|blvd|rd|a\.k\.a)"
+    )
+    extension = (
+        "(?:bat|bmp|class|cgi|cpp|c|dll|docx?|exe|gif|gz|html?|h|jar|java|jpe?g|mov|mp3|pdf|php|pl"
+        "|png|ppt|ps|py|sql|tar|txt|wav|xml|x|zip)"
+    )
+    outside, at_end = ' \t\n"<>|()', ".!?{},-"  # of addresses
+    path, label = f"/[^{outside}]+[^{outside}{at_end}]", f"[^{outside}.!?{{}},]+"
+    slashed = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
+    hyphened = rf"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:{acronym2}\.|[A-Za-z0-9\xad]+))+"
+    P, p = f"[{letters}]", rf"[{letters}\d]"
+    thing = rf"(?:[dDoOlL]{Q}{p})?{p}+(?:[-_֊‐‑](?:[dDoOlL]{Q}{p})?{p}+)*"
+    joined = "[A-Z]+(?:(?:[+]|&(?:amp;)?)[A-Z]+)+"
+    d, dash = "[0-9]", "[- \xa0]"
+    unchanged, own = str, lambda t: OTHER_NAMES.get(t, t)
+    one = lambda t: re.sub(f"[{blank}]", "\xa0", t)  # noqa: E731
+    soft = lambda t: t.replace("\xad", "") or "-"  # noqa: E731
+    ands = lambda t: re.sub("&[aA][mM][pP];", "&", t)  # noqa: E731
+    stopped = lambda t: f"{t} ."  # noqa: E731
+    renamed = lambda t: "".join(BRACKETS[c] if c in "()" else c for c in one(t))  # noqa: E731
+    quoted = lambda t: re.sub("&apos;|.", lambda m: QUOTES.get(m[0], m[0]), t)  # noqa: E731
+    # fmt: off
+    rules = [  # token, context, how it is written
+        (r"c\+\+|[cCfF]#", "", unchanged),
+        ("can", "not", unchanged), ("'t", "was|is", unchanged), ("gon|wan", "na", unchanged),
+        ("got", "ta", unchanged), ("lem|gim", "me", unchanged),
+        (tag, "", lambda t: t.replace(" ", "\xa0")),
+        ("[–—―\x96\x97]|&(?:mdash|ndash|md);", "", lambda t: "--"),
+        ("&amp;", "", own), ("&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);", "", unchanged),
+        (word, clitic, soft),
+        ("[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", f"n{Q}t", soft),
+        (word, "", soft),
+        (f"{q}n{q}?|[lLdDjJ]{q}|(?:dunkin|somethin|ol){q}|{q}em|{q}till?", "", unchanged),
+        (f"[A-HJ-XZn]{Q}{P}{P}+|{q}[2-9]0s|{q}cause", "", unchanged),
+        (f"{P}+[aeiouyAEIOUY]{Q}[aeiouA-Z]{P}*", "", unchanged),
+        (r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l", "", unchanged),
+        (f"o{Q}o", "", unchanged), (f"y{q}", P, unchanged),
+        (rf"https?://[^{outside}{{}}]+[^{outside}{at_end}]", "", unchanged),
+        (rf"www\.(?:{label}\.)+[a-zA-Z]{{2,4}}", "", unchanged),
+        (rf"www\.(?:{label}\.)+?[a-zA-Z]{{2,4}}{path}", "", unchanged),
+        (rf"(?:[^{outside}`'.!?{{}},-_$]+\.)+(?:com|net|org|edu)(?:{path})?", "", unchanged),
+        (rf"(?:<|&lt;)?[A-Za-z0-9][^{outside}\xa0{{}}]*@(?:[^{outside}{{}}.\xa0]+\.)*"
+         rf"[^{outside}{{}}.\xa0]+(?:>|&gt;)?", "", unchanged),
+        (f"@[A-Za-z_][A-Za-z_0-9]*|#{L}+", "", unchanged),
+        (f"{clitic}|n{Q}t", "[^A-Za-z]", quoted),
+        (r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", "", unchanged),
+        (r"[+-]?(?:\d*(?:[.:,\xad٫٬]\d+)+|\d+)", "", soft),
+        ("[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)", "", unchanged),
+        (rf"(?:\d{{1,4}}{dash})?\d{{1,4}}(?:\\?/|⁄)\d{{1,4}}", "", one),
+        ("[¼½¾⅓-⅞]", "", own),
+        (rf"-(?:l|r)(?:r|c|s)b-|c\.d\.s|(?:pro|anti)-|s&p-500|s&ls|cap{q}n|c{q}est", "", unchanged),
+        (rf"{slashed}(?:\\?/{slashed}){{1,2}}", "", unchanged),
+        (r"[A-Z]*\$|#|[¢£¤€₠\x80]", "", own),
+        (r"[A-Za-z]\.", begins, lambda t: f"{t[0]} ."), (rf"{acronym}\.", begins, stopped),
+        (r"(?:ca|figs?|prop|nos?|art|bldg|pp|op)\.", rf"[{blank}\n]?\d", unchanged),
+        (r"(?:pty|pte|co)\.", f"[{blank}](?:ltd|lim)", unchanged),
+        (rf"{abbr1}\.", rf"[{blank}\n](?:[{blank}\n{upper}]|{tag})", stopped),
+        (rf"{abbr1}\.", r"[\s\S][\s\S]", unchanged), (rf"{abbr1}\.", "", stopped),
+        (rf"{abbr2}\.", "", unchanged), (abbr2, f"[{blank}]", unchanged),
+        (f"{acronym}|{q}[0-9][0-9]", rf"[{blank}\n]", unchanged),
+        (rf"{LD}+(?:\.{LD}+)*\.{extension}", rf"[{blank}\n.?!,]", unchanged),
+        (rf"{word}\.", "[,;:、]", soft),
+        (rf"\({d}{{2,3}}\)[ \xa0]?{d}{{3,4}}{dash}?{d}{{3,5}}", "", renamed),
+        (rf"(?:\+\+?)?(?:{d}{{2,4}}{dash})?{d}{{2,4}}{dash}{d}{{3,4}}{dash}?{d}{{3,5}}", "", renamed),
+        ('"|&quot;', "[A-Za-z0-9$]", lambda t: "``"), ('"|&quot;', "", lambda t: "''"),
+        ("<|&lt;|>|&gt;", "", own),
+        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]", renamed),
+        (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", "", renamed),
+        (r"[()]", "", renamed), (r"[{}\[\]]", "", lambda t: BRACKETS[t]),
+        ("-+", "", lambda t: "--" if 3 <= len(t) <= 4 else t),
+        (r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|…", "", lambda t: "..."),
+        (r"@+|#+|_+|\*+|(?:\\\*){1,3}", "", unchanged),
+        ("[,;:、]|[?!]+|[.¡¿。=/]", "", unchanged),
+        (hyphened, "", soft), (rf"{hyphened}\.", "[,;:、]", soft),
+        (thing, "", unchanged), (rf"{thing}\.", "[,;:、]", unchanged),
+        (joined, "", ands), (rf"{joined}\.", "[,;:、]", ands),
+        ("'", r"[A-Za-z][^ \t\n\xa0]", lambda t: "`"),
+        (f"{clitic}|n{Q}t", "", quoted),
+        (rf"''|[`‘’“”‚‛„‟‹›«»\x91-\x94]{{1,2}}|{q}", "", quoted),
+        (f"<<|>>|[{spans(SYMBOLS)}]", "", unchanged),
+        ("&nbsp;", "", lambda t: ""),
+    ]
+    # fmt: on
+    return [
+        (re.compile(f"({any_case(token)})(?:{any_case(context)})"), out)
+        for token, context, out in rules
+    ]
+
+
+BLANKS = re.compile("[ \t][ \t\xa0\u2000-\u200a\u3000]*")
+SPLIT_WORDS = frozenset("cannot gonna gotta lemme gimme wanna".split())
+PLAIN_WORD = re.compile(r"([A-Za-z]+)(?=[ \n]|\Z)")  # no other rule reaches beyond the space
+
+
+def ptb_lex(captions: list[str]) -> list[list[str]]:
+    """Cut captions into Penn Treebank tokens, punctuation still there.
+
+    Args:    captions: in COCO's order, since a token may depend on how the next caption begins.
+    Returns: each caption's tokens, lower-cased.
+
+    >>> ptb_lex(["The chef can't cook 1 1/2 hours (at 350).", "stir-fry, then salt & pepper!"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [['the', 'chef', 'ca', "n't", 'cook', '1\\xa01/2', 'hours', '-lrb-', 'at', '350', '-rrb-', '.'],
+     ['stir-fry', ',', 'then', 'salt', '&', 'pepper', '!']]
+    """
+    # whatever ends a line would move all captions after it by one; beyond 0xffff nothing is known
+    text = "\n".join(re.sub("[\n\r\x0b\x0c\x85\u2028\u2029]", " ", c) for c in captions)
+    text = re.sub("[\U00010000-\U0010ffff]", lambda m: "\uffff" if m[0].isdecimal() else m[0], text)
+    lines, at, rules = [[]], 0, ptb_rules()
+    while at < len(text):
+        if text[at] == "\n":
+            lines.append([])
+            at += 1
+        elif m := BLANKS.match(text, at):
+            at = m.end()
+        elif (m := PLAIN_WORD.match(text, at)) and m[1].lower() not in SPLIT_WORDS:
+            lines[-1].append(m[1].lower())
+            at = m.end()
+        else:
+            best, write = None, None
+            for pattern, out in rules:
+                m = pattern.match(text, at)
+                if m and (best is None or m.end() > best.end()):
+                    best, write = m, out
+            if best is None:  # nobody's character: gone, and it separates
+                at += 1
+            else:
+                lines[-1] += filter(None, write(best[1]).lower().split(" "))
+                at = best.end(1)
+    return lines
+
+
+def ptb_tokenize(captions: list[str]) -> list[str]:
+    """Clean captions as COCO's evaluation does: Penn Treebank tokens, lower-cased, without marks.
+
+    >>> ptb_tokenize(["A man (in red) isn't here...", "Wow!! Stir-fry: 1,000 it's."])
+    ["a man -lrb- in red -rrb- is n't here", "wow !! stir-fry 1,000 it 's"]
+    """
+    return [" ".join(t for t in line if t not in DROPPED) for line in ptb_lex(captions)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Word pieces, as the paper's code reads them back
+
+
+def bert_decode(text: str, word_pieces: Tokenizer, most: int | None = None) -> str:
+    """Encode and decode a text by the model's tokenizer, marks glued on as the paper's code did.
+
+    Args:    most: how many word pieces are kept; None keeps all.
+    Returns: lower-cased text without accents and without the special tokens, [UNK] among them.
+    """
+    pieces = word_pieces.encode(text, add_special_tokens=False).tokens[:most]
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    text = " ".join(piece for piece in pieces if piece not in special).replace(" ##", "")
+    for mark in (" .", " ?", " !", " ,"):
+        text = text.replace(mark, mark[1])
+    text = text.replace(" ' ", "'")
+    for ending in (" n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(ending, ending[1:])
+    return text
+
+
+# ---------------------------------------------------------------------------------------------
+# N-grams, counted once for BLEU and CIDEr-D
+
+
+@dataclass
+class Counts:
+    """How often each n-gram of one order occurs in each text: three arrays, one row a pair.
+
+    text: index of the text, hypotheses first (item i is text i), then all references. gram: a
+    number that stands for the n-gram. times: how often. `grams` is how many numbers there are.
+    """
+
+    text: np.ndarray
+    gram: np.ndarray
+    times: np.ndarray
+    grams: int
+
+
+def count_ngrams(texts: list[list[str]], orders: int = 4) -> list[Counts]:
+    """Count the n-grams of each text for n = 1..orders, words turned into numbers.
+
+    >>> one, two = count_ngrams([["a", "b", "a"], ["a"]], orders=2)
+    >>> one.text.tolist(), one.gram.tolist(), one.times.tolist()  # a twice and b in text 0, then a
+    ([0, 0, 1], [0, 1, 0], [2, 1, 1])
+    >>> two.text.tolist(), two.times.tolist()  # a b and b a
+    ([0, 0], [1, 1])
+    """
+    flat = list(chain.from_iterable(texts))
+    number = {word: i for i, word in enumerate(dict.fromkeys(flat))}
+    word = np.fromiter(map(number.__getitem__, flat), np.int64, len(flat))
+    length = np.fromiter(map(len, texts), np.int64, len(texts))
+    text = np.repeat(np.arange(len(texts)), length)
+    left = np.repeat(np.cumsum(length), length) - np.arange(len(flat))  # words up to its end
+    start, gram, out = np.arange(len(flat)), word, []
+    for n in range(1, orders + 1):
+        if n > 1:  # an n-gram is an (n-1)-gram and a word; renumbered, so that numbers stay small
+            keep = left[start] >= n
+            start, gram = start[keep], gram[keep]
+            gram = np.unique(gram * len(number) + word[start + n - 1], return_inverse=True)[1]
+        grams = int(gram.max(initial=-1)) + 1
+        pair, times = np.unique(text[start] * grams + gram, return_counts=True)
+        out.append(Counts(pair // max(grams, 1), pair % max(grams, 1), times, grams))
+    return out
+
+
+def look_up(keys: np.ndarray, table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the value beside each key in a sorted table, 0 for a key that is not in it."""
+    if not len(table):
+        return np.zeros(len(keys), values.dtype)
+    at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
+    return np.where(table[at] == keys, values[at], 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# BLEU (Papineni et al., ACL 2002)
+
+
+def bleu(
+    hypotheses: list[str], references: list[list[str]], counts: list[Counts] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score BLEU-1..4: clipped n-gram precision, times a penalty for short hypotheses.
+
+        p_n    = sum min(count in hypothesis, most in one reference) / n-grams of hypotheses
+        BLEU-k = min(1, exp(1 - r/c)) * (p_1 * .. * p_k) ** (1/k)
+
+    c is the hypotheses' length; r the references', each item's closest to its hypothesis and the
+    shorter on ties. The corpus has one fraction p_n for all items together.
+
+    Args:    hypotheses, references: words between spaces. counts: count_ngrams of hypotheses and
+             then references, when they are counted already.
+    Returns: (4,) for the corpus and (N, 4) for the items.
+
+    >>> corpus, items = bleu(["the the the cat"], [["the cat sat", "the cat is on the mat"]])
+    >>> items.round(4).tolist()  # p = 3/4, 1/3, 0/2, 0/1; r/c = 3/4, so no penalty
+    [[0.75, 0.5, 0.0005, 0.0]]
+    """
+    words = [h.split() for h in hypotheses], [[r.split() for r in refs] for refs in references]
+    counts = counts or count_ngrams(words[0] + list(chain.from_iterable(words[1])))
+    N, c = len(hypotheses), np.array([len(h) for h in words[0]])
+    r = [min((abs(len(x) - n), len(x)) for x in xs)[1] for n, xs in zip(c, words[1], strict=True)]
+    item = _items(references)
+    correct = np.zeros((N, 4), np.int64)
+    for n, count in enumerate(counts):
+        ours = count.text < N
+        key = item[count.text] * count.grams + count.gram
+        pair, where = np.unique(key[~ours], return_inverse=True)
+        most = np.zeros(len(pair), np.int64)
+        np.maximum.at(most, where, count.times[~ours])
+        clipped = np.minimum(count.times[ours], look_up(key[ours], pair, most))
+        correct[:, n] = np.bincount(count.text[ours], clipped, N)
+    guess = np.maximum(0, c[:, None] - np.arange(4))
+    r = np.array(r)
+    corpus = _bleu(*(x.sum(0, keepdims=True) for x in (correct, guess, c, r)))[0]
+    return corpus, _bleu(correct, guess, c, r)
+
+
+def _items(references: list[list[str]]) -> np.ndarray:
+    """Tell which item each text belongs to, hypotheses first and then all references."""
+    N = np.arange(len(references))
+    return np.concatenate([N, np.repeat(N, [len(refs) for refs in references])])
+
+
+def _bleu(correct: np.ndarray, guess: np.ndarray, c: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Put the counts (N, 4), (N, 4), (N,), (N,) together; the small terms are COCO's own."""
+    score = np.cumprod((correct + 1e-15) / (guess + 1e-9), 1) ** (1 / np.arange(1, 5))
+    ratio = (c + 1e-15) / (r + 1e-9)
+    return score * np.exp(np.minimum(0, 1 - 1 / ratio))[:, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# ROUGE-L (Lin, 2004)
+
+
+def common_words(a: list[str], b: list[str]) -> int:
+    """Return the length of the longest common subsequence, a column of the table at a time.
+
+    Bit k of `flat` is 0 where the column's length grows between its rows k and k+1; the addition
+    carries each match to where the next growth stood (Hyyrö, 2004).
+
+    >>> common_words("mix the rice with oil".split(), "the rice and oil mix".split())
+    3
+    """
+    where: dict[str, int] = {}
+    for k, word in enumerate(b):
+        where[word] = where.get(word, 0) | 1 << k
+    flat = every = (1 << len(b)) - 1
+    for word in a:
+        if word in where:
+            match = flat & where[word]
+            flat = (flat + match) | (flat - match)
+    return len(b) - (flat & every).bit_count()
+
+
+def rouge_l(hypotheses: list[str], references: list[list[str]]) -> np.ndarray:
+    """Score ROUGE-L: an F measure of the longest common subsequence, beta = 1.2.
+
+        P = LCS / words of the hypothesis,  R = LCS / words of the reference
+        F = (1 + beta^2) P R / (R + beta^2 P)
+
+    P and R are each the best over the references, not necessarily of the same one. Words are cut at
+    single spaces here: an empty caption is one empty word.
+
+    Returns: (N,); the corpus score is their mean.
+
+    >>> rouge_l(["mix the rice"], [["mix rice", "mix the brown rice now"]]).round(4).tolist()
+    [1.0]
+    """
+    out = []
+    for hypothesis, refs in zip(hypotheses, references, strict=True):
+        words, P, R = hypothesis.split(" "), 0.0, 0.0
+        for ref in refs:
+            others = ref.split(" ")
+            lcs = common_words(words, others)
+            P, R = max(P, lcs / len(words)), max(R, lcs / len(others))
+        out.append((1 + 1.2**2) * P * R / (R + 1.2**2 * P) if P and R else 0.0)
+    return np.array(out)
+
+
+# ---------------------------------------------------------------------------------------------
+# CIDEr-D (Vedantam et al., CVPR 2015)
+
+
+def cider_d(
+    hypotheses: list[str], references: list[list[str]], counts: list[Counts] | None = None
+) -> np.ndarray:
+    """Score CIDEr-D: cosines of n-gram vectors in which common n-grams weigh little.
+
+        g(n-gram) = times in the text * (ln N - ln(items whose references hold it, at least 1))
+        CIDEr_n   = mean over references of exp(-(l_h - l_r)^2 / (2 * 6^2))
+                    * sum min(g_h, g_r) g_r / (|g_h| |g_r|)
+        CIDEr-D   = 10 * mean of CIDEr_1 .. CIDEr_4
+
+    N is the number of items: the score of one item depends on all others, and N = 1 scores 0. The
+    length l of a text is its number of bigrams, as in the published scorer.
+
+    Returns: (N,) between 0 and 10; the corpus score is their mean.
+
+    >>> two = ["stir the rice now", "cut one onion here"]
+    >>> cider_d(two, [[two[0]], [two[1]]]).tolist(), cider_d(two[:1], [two[:1]]).tolist()
+    ([10.0, 10.0], [0.0])
+    """
+    texts = [*hypotheses, *chain.from_iterable(references)]
+    counts = counts or count_ngrams([text.split() for text in texts])
+    N, T, item = len(hypotheses), len(texts), _items(references)
+    length = np.bincount(counts[1].text, counts[1].times, T)
+    near = np.exp(-((length[item] - length) ** 2) / (2 * 6.0**2))  # item i's hypothesis is text i
+    total = np.zeros(T)
+    for count in counts:
+        ours = count.text < N
+        key = item[count.text] * count.grams + count.gram
+        seen = np.bincount(np.unique(key[~ours]) % max(count.grams, 1), minlength=count.grams)
+        idf = np.log(float(N)) - np.log(np.maximum(1.0, seen))
+        g = count.times * idf[count.gram]
+        norm = np.sqrt(np.bincount(count.text, g * g, T))
+        g_r, text = g[~ours], count.text[~ours]
+        g_h = look_up(key[~ours], key[ours], g[ours])
+        dot = np.bincount(text, np.minimum(g_h, g_r) * g_r, T)
+        scale = norm[item] * norm
+        total += near * np.divide(dot, scale, out=np.zeros(T), where=scale > 0)
+    per_item = np.bincount(item[N:], total[N:], N) / np.bincount(item[N:], minlength=N)
+    return per_item / 4 * 10
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR 1.5 (Denkowski and Lavie, WMT 2014): words
+
+AL = "A-Za-zŠŽšžŸÀ-ÖØ-öø-žЀ-ԧꙀ-ꙮꙿ-ꚗᴀ-ᵿ"  # what its rules take for letters
+NORMALISE = [
+    (re.compile(pattern), into)
+    for pattern, into in [
+        (rf"([^{AL}0-9 \t\n\v\f\r.'`,‘’-])", r" \1 "),
+        (r"(\.{2,})", r" \1 "),
+        (r"([^0-9]),([^0-9])", r"\1 , \2"),
+        (r"([0-9]),([^0-9])", r"\1 , \2"),
+        (r"([^0-9]),([0-9])", r"\1 , \2"),
+        (r"[`‘’]", "'"),
+        (r"[“”]|''", ' " '),
+        (r"–", "-"),
+        (r"--", "-"),
+        (rf"([{AL}0-9.])-([{AL}0-9])", r"\1 \2"),
+        (rf"([^{AL}])'([^{AL}])", r"\1 ' \2"),
+        (rf"([^{AL}0-9])'([{AL}])", r"\1 ' \2"),
+        (rf"([{AL}])'([^{AL}])", r"\1 ' \2"),
+        (rf"([{AL}])'([{AL}])", r"\1 '\2"),
+        (r"([0-9])'s", r"\1 's"),
+    ]
+]
+ANY_SPACE = re.compile("[ \xa0\u2000-\u200a\u202f\u205f\u3000]+")
+CUT = re.compile(r"[ \t\n\f\r]+")
+NOTHING = frozenset()
+
+
+def meteor_words(line: str, prefixes=NOTHING, before_number=NOTHING) -> list[str]:
+    """Cut a line into words as METEOR does, whatever tokenizer came before: marks stay.
+
+    Args:    prefixes: words that keep a final dot ("Dr"). before_number: those that keep it where
+             the next word begins with a digit ("No").
+
+    >>> meteor_words("The chef's stir-fry: 1,000 e.g. oil. mix 10:30am...")
+    ['the', 'chef', "'s", 'stir', 'fry', ':', '1,000', 'eg', 'oil.', 'mix', '10', ':', '30am', '...']
+    """
+    line = f" {line} "
+    for pattern, into in NORMALISE:
+        line = pattern.sub(into, line)
+    words = [word for word in CUT.split(line) if word]
+    for i, word in enumerate(words):
+        if len(word) < 2 or word[-1] != "." or word.strip(".") == "":
+            continue  # no final dot, or nothing but dots
+        stem, after = word[:-1], words[i + 1][0] if i + 1 < len(words) else ""
+        if "." in stem and re.search(f"[{AL}]", stem):
+            words[i] = word.replace(".", "")  # e.g. -> eg
+        elif not (stem in prefixes or "a" <= after <= "z") and not (
+            stem in before_number and "0" <= after <= "9"
+        ):
+            words[i] = f"{stem} ."
+    line = ANY_SPACE.sub(" ", " ".join(words)).strip("".join(map(chr, range(33)))).lower()
+    return [word for word in CUT.split(line) if word]
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR: stems (the English Snowball stemmer, "Porter2", of 2015)
+
+STEMS = dict(
+    skis="ski", skies="sky", dying="die", lying="lie", tying="tie", idly="idl", gently="gentl",
+    ugly="ugli", early="earli", only="onli", singly="singl",
+)  # fmt: skip
+STEMS |= {word: word for word in "sky news howe atlas cosmos bias andes".split()}
+DONE = frozenset("inning outing canning herring earring proceed exceed succeed".split())
+STEP_2 = dict(
+    tional="tion", enci="ence", anci="ance", abli="able", entli="ent", izer="ize", ization="ize",
+    ational="ate", ation="ate", ator="ate", alism="al", aliti="al", alli="al", fulness="ful",
+    fulli="ful", ousli="ous", ousness="ous", iveness="ive", iviti="ive", biliti="ble", bli="ble",
+    lessli="less", ogi="og", li="",
+)  # fmt: skip
+STEP_3 = dict(
+    ational="ate", tional="tion", alize="al", icate="ic", iciti="ic", ical="ic", ful="", ness="",
+    ative="",
+)  # fmt: skip
+STEP_4 = dict.fromkeys(
+    "al ance ence er ic able ible ant ement ment ent ism ate iti ous ive ize ion".split(), ""
+)
+SHORT_END = re.compile(r"(?:[^aeiouy][aeiouy][^aeiouywxY]|^[aeiouy][^aeiouy])$")
+REGION = re.compile(r"[aeiouy][^aeiouy]")
+
+
+def _suffix(word: str, suffixes: Iterable[str]) -> str:
+    """Return the longest of the suffixes that the word ends in, or nothing."""
+    return max((s for s in suffixes if word.endswith(s)), key=len, default="")
+
+
+@lru_cache(1 << 16)
+def stem(word: str) -> str:
+    """Cut a word back to its stem.
+
+    >>> [stem(w) for w in "stirring stirred hopping hoped chopped generously onions".split()]
+    ['stir', 'stir', 'hop', 'hope', 'chop', 'generous', 'onion']
+    """
+    if len(word) < 3 or word in STEMS:
+        return STEMS.get(word, word)
+    # Y is a y that stands for a consonant: at the start, or after a vowel
+    word = re.sub(r"^y|([aeiouy])y", lambda m: (m[1] or "") + "Y", word.removeprefix("'"))
+    m = re.match("gener|commun|arsen", word) or REGION.search(word)
+    r1 = m.end() if m else len(word)  # R1 and R2 begin here and stay, whatever is cut below
+    m = REGION.search(word, r1)
+    r2 = m.end() if m else len(word)
+    word = word[: len(word) - len(_suffix(word, ("'", "'s", "'s'")))]
+    word = _step_1a(word)
+    if word in DONE:
+        return word
+    word = _step_1b(word, r1)
+    if re.search(r"[^aeiouy][yY]$", word) and len(word) > 2:
+        word = word[:-1] + "i"
+    for step, region in ((STEP_2, r1), (STEP_3, r1), (STEP_4, r2)):
+        s = _suffix(word, step)
+        base = word[: len(word) - len(s)]
+        fits = {"ogi": "l", "li": "cdeghkmnrt", "ion": "st"}.get(s)  # what must stand before it
+        far_enough = len(base) >= (r2 if s == "ative" else region)
+        if s and far_enough and (fits is None or base[-1:] and base[-1] in fits):
+            word = base + step[s]
+    end = len(word) - 1
+    if word[-1:] == "e" and (end >= r2 or end >= r1 and not SHORT_END.search(word[:-1])):
+        word = word[:-1]
+    elif word[-1:] == "l" and end >= r2 and word[-2:-1] == "l":
+        word = word[:-1]
+    return word.replace("Y", "y")
+
+
+def _step_1a(word: str) -> str:
+    """Take away the s of plurals."""
+    s = _suffix(word, ("sses", "ied", "ies", "us", "ss", "s"))
+    if s == "sses":
+        return word[:-2]
+    if s in ("ied", "ies"):
+        return word[:-2] if len(word) > 4 else word[:-1]
+    return word[:-1] if s == "s" and re.search("[aeiouy]", word[:-2]) else word
+
+
+def _step_1b(word: str, r1: int) -> str:
+    """Take away -ed and -ing, and mend what they leave: hopping -> hop, hoping -> hope."""
+    s = _suffix(word, ("eed", "eedly", "ed", "edly", "ing", "ingly"))
+    base = word[: len(word) - len(s)]
+    if s in ("eed", "eedly"):
+        return base + "ee" if len(base) >= r1 else word
+    if not s or not re.search("[aeiouy]", base):
+        return word
+    if base.endswith(("at", "bl", "iz")):
+        return base + "e"
+    if base.endswith(("bb", "dd", "ff", "gg", "mm", "nn", "pp", "rr", "tt")):
+        return base[:-1]
+    return base + "e" if len(base) == r1 and SHORT_END.search(base) else base
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR: word lists
+
+
+@dataclass(frozen=True)
+class WordLists:
+    """METEOR's data: what is read from its files.
+
+    function_words: words that count for little. prefixes, before_number: for `meteor_words`.
+    synsets: word -> the numbers of its WordNet meanings, as text. bases: irregular form -> base
+    words. table (2, rows): hashes of phrases, in order, and of what each may be put as.
+    """
+
+    function_words: frozenset[str]
+    prefixes: frozenset[str]
+    before_number: frozenset[str]
+    synsets: dict[str, str]
+    bases: dict[str, list[str]]
+    table: np.ndarray
+
+
+NO_LISTS = WordLists(NOTHING, NOTHING, NOTHING, {}, {}, np.zeros((2, 0), np.uint64))
+
+
+def meteor_files(folder: str | Path | None = None) -> tuple[Path, Path] | None:
+    """Find METEOR's program and paraphrase table, in a folder or where pycocoevalcap has them.
+
+    Returns: (meteor-1.5.jar, paraphrase-en.gz), or None if no folder was given and none is known.
+    Raises:  DataError if the given folder lacks one.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("pycocoevalcap")
+        places = list(spec.submodule_search_locations or []) if spec else []
+        folders = [Path(place) / "meteor" for place in places]
+    else:
+        folders = [Path(folder)]
+    for place in folders:
+        jar = place / "meteor-1.5.jar"
+        for table in (place / "data/paraphrase-en.gz", place / "paraphrase-en.gz"):
+            if jar.is_file() and table.is_file():
+                return jar, table
+    if folder is not None:
+        raise DataError(f"{folder}: wanted meteor-1.5.jar and data/paraphrase-en.gz in it")
+    return None
+
+
+@lru_cache(2)
+def word_lists(folder: str | Path | None = None) -> WordLists:
+    """Read METEOR's data (half a second; half a minute the first time, for the paraphrase table).
+
+    Returns: NO_LISTS if no folder was given and pycocoevalcap is not installed.
+    Raises:  DataError naming the file that is missing or damaged.
+    """
+    files = meteor_files(folder)
+    if files is None:
+        return NO_LISTS
+    try:
+        with zipfile.ZipFile(files[0]) as jar:
+            function_words, prefixes, synsets, exceptions = (
+                jar.read(name).decode("utf-8").split("\n")
+                for name in (
+                    "function/english.words",
+                    "nonbreaking/english.prefixes",
+                    "synonym/english.synsets",
+                    "synonym/english.exceptions",
+                )
+            )
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{files[0]}: not METEOR 1.5's jar ({error})") from None
+    bases = defaultdict(list)
+    for base, forms in zip(exceptions[::2], exceptions[1::2], strict=False):
+        for form in forms.split():
+            bases[form].append(base)
+    prefixes = [line.split() for line in prefixes if line.strip() and line[0] != "#"]
+    return WordLists(
+        frozenset(filter(None, function_words)),
+        frozenset(word for word, *mark in prefixes if not mark),
+        frozenset(word for word, *mark in prefixes if mark),  # "No #NUMERIC_ONLY#"
+        dict(zip(synsets[::2], synsets[1::2], strict=False)),
+        dict(bases),
+        paraphrase_table(files[1]),
+    )
+
+
+def phrase_hash(phrase: bytes) -> bytes:
+    """Name a phrase by 8 bytes: among 10 million, two alike are a chance of one in 300,000."""
+    return hashlib.blake2b(phrase, digest_size=8).digest()
+
+
+def index_paraphrases(path: Path) -> np.ndarray:
+    """Read the table's lines "chance", "phrase", "put as" into two rows of hashes.
+
+    Returns: (2, rows) uint64, ordered by the phrase, rows of one phrase as they stand in the file.
+    """
+    hashes = [bytearray(), bytearray()]
+    try:
+        with gzip.open(path) as lines:
+            for _, *pair in zip(lines, lines, lines, strict=True):
+                for side, phrase in zip(hashes, pair, strict=True):
+                    side += phrase_hash(phrase.rstrip(b"\n"))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: not METEOR's paraphrase table ({error})") from None
+    table = np.stack([np.frombuffer(side, "<u8") for side in hashes])
+    return np.ascontiguousarray(table[:, np.argsort(table[0], kind="stable")])
+
+
+def paraphrase_table(path: Path) -> np.ndarray:
+    """Give the index of the paraphrase table, from the user's cache where it is there already.
+
+    The cache file is named by the gzip's own checksum, so that another table has another file, and
+    its last number is a checksum of the rest. It is written aside and moved into place: neither
+    two processes at once nor one that stops half-way leave half a file behind.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            name = f"paraphrases-{file.read().hex()}.u8"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm"
+    except (OSError, RuntimeError) as error:  # a file of less than 8 bytes; no home
+        raise DataError(f"{path}: cannot be indexed ({error})") from None
+    try:
+        numbers = np.memmap(folder / name, "<u8", "r")
+        if len(numbers) % 2 and numbers[-1] == zlib.crc32(numbers[:-1]):
+            return numbers[:-1].reshape(2, -1)
+        print(f"{folder / name} is damaged and made again", file=sys.stderr)
+    except (OSError, ValueError):  # not there; empty, or not of whole numbers
+        pass
+    print("METEOR: indexing its paraphrase table, once (half a minute) ..", file=sys.stderr)
+    table = index_paraphrases(path)
+    aside = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as aside:
+            aside.write(table.tobytes() + np.uint64(zlib.crc32(table)).tobytes())
+        os.replace(aside.name, folder / name)
+    except OSError as error:
+        print(f"METEOR: the index is not kept ({error})", file=sys.stderr)
+        if aside is not None:
+            Path(aside.name).unlink(missing_ok=True)
+    return table
+
+
+# What may be put for a word's ending to find it in WordNet, the first that gives a word.
+ENDINGS = [
+    ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
+    ("men", "man"), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"),
+    ("ing", ""), ("er", ""), ("est", ""), ("er", "e"), ("est", "e"),
+]  # fmt: skip
+
+
+def meanings(word: str, lists: WordLists) -> frozenset[str]:
+    """Return the WordNet meanings of a word and of its base forms; synonyms share one."""
+    bases = lists.bases.get(word)
+    if bases is None:
+        shapes = (word[: len(word) - len(a)] + b for a, b in ENDINGS if word.endswith(a))
+        if word.endswith("ss") or len(word) <= 2:
+            shapes = (word,)
+        bases = [next((shape for shape in shapes if shape in lists.synsets), "")]
+    found = chain.from_iterable(lists.synsets.get(w, "").split() for w in (word, *bases))
+    return frozenset(found)
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR: candidates
+
+EXACT, STEM, SYNONYM, PARAPHRASE = range(4)
+Match = tuple[int, int, int, int, int]  # start in the reference, words; in the hypothesis; stage
+
+
+@dataclass(frozen=True)
+class Line:
+    """A caption as METEOR reads it, and what its words and phrases may stand for.
+
+    is_function: a word each. stems, meanings: a word each. by_word, by_stem: where each is.
+    phrases: those that the table knows, by their start and shorter first: (start, words, what it
+    may be put as, in the table's order). places: phrase -> [(start, words)].
+    """
+
+    words: list[str]
+    is_function: list[bool]
+    stems: list[str]
+    meanings: list[frozenset[str]]
+    by_word: dict[str, list[int]]
+    by_stem: dict[str, list[int]]
+    phrases: list[tuple[int, int, list[int]]]
+    places: dict[int, list[tuple[int, int]]]
+
+
+def positions(values: Iterable) -> dict[object, list[int]]:
+    """Tell where each value stands.
+
+    >>> positions("abca")
+    {'a': [0, 3], 'b': [1], 'c': [2]}
+    """
+    out = defaultdict(list)
+    for i, value in enumerate(values):
+        out[value].append(i)
+    return dict(out)
+
+
+def find_paraphrases(phrases: list[str], table: np.ndarray) -> dict[int, list[int]]:
+    """Look phrases up in the paraphrase table.
+
+    Returns: index of a phrase -> indices of those of `phrases` that it may be put as, in the
+             table's order; phrases with none are left out.
+    """
+    hashes = b"".join(phrase_hash(p.encode("utf-8", "surrogatepass")) for p in phrases)
+    hashes = np.frombuffer(hashes, "<u8")
+    order = np.argsort(hashes)
+    ordered = hashes[order]
+    first = np.searchsorted(table[0], ordered)
+    rows = np.searchsorted(table[0], ordered, "right") - first
+    source = np.repeat(order, rows)
+    row = np.repeat(first - np.cumsum(rows) + rows, rows) + np.arange(len(source))
+    target = look_up(table[1][row], ordered, order + 1) - 1  # -1: in none of our captions
+    out = defaultdict(list)
+    for a, b in zip(source[target >= 0].tolist(), target[target >= 0].tolist(), strict=True):
+        out[a].append(b)
+    return dict(out)
+
+
+def read_lines(texts: Iterable[str], lists: WordLists) -> dict[str, Line]:
+    """Prepare every different text for METEOR; all share one look into the paraphrase table."""
+    words = {
+        text: meteor_words(text, lists.prefixes, lists.before_number)
+        for text in dict.fromkeys(texts)
+    }
+    senses = {word: meanings(word, lists) for word in set(chain.from_iterable(words.values()))}
+    number: dict[str, int] = {}  # phrase -> its number
+    grams = {text: number_phrases(line, number) for text, line in words.items()}
+    known = find_paraphrases(list(number), lists.table)
+    targets = frozenset(chain.from_iterable(known.values()))
+    out = {}
+    for text, line in words.items():
+        spots = [(i, n, gram) for i, row in enumerate(grams[text]) for n, gram in enumerate(row, 1)]
+        places = defaultdict(list)
+        for i, n, gram in spots:
+            if gram in targets:
+                places[gram].append((i, n))
+        stems = [stem(word) for word in line]
+        out[text] = Line(
+            words=line,
+            is_function=[word in lists.function_words for word in line],
+            stems=stems,
+            meanings=[senses[word] for word in line],
+            by_word=positions(line),
+            by_stem=positions(stems),
+            phrases=[(i, n, known[gram]) for i, n, gram in spots if gram in known],
+            places=dict(places),
+        )
+    return out
+
+
+def number_phrases(words: list[str], number: dict[str, int]) -> list[list[int]]:
+    """Number the phrases of 1 to 7 words that start at each word, as many as the table may hold."""
+    return [
+        [
+            number.setdefault(" ".join(words[i:end]), len(number))
+            for end in range(i + 1, min(i + 7, len(words)) + 1)
+        ]
+        for i in range(len(words))
+    ]
+
+
+def candidates(hypothesis: Line, reference: Line) -> list[list[Match]]:
+    """List what may be aligned, for each word of the reference at which it starts.
+
+    All stages share the lists, and a pair of words that several stages find stands in them several
+    times: the search counts them, and its order of trying them decides ties.
+    """
+    out = [
+        [(j, 1, i, 1, EXACT) for i in hypothesis.by_word.get(word, ())]
+        for j, word in enumerate(reference.words)
+    ]
+    if hypothesis.words == reference.words:
+        return out
+    for j, word in enumerate(reference.words):
+        for i in hypothesis.by_stem.get(reference.stems[j], ()):
+            if hypothesis.words[i] != word:
+                out[j].append((j, 1, i, 1, STEM))
+    for j, (word, meaning) in enumerate(zip(reference.words, reference.meanings, strict=True)):
+        for i, other in enumerate(hypothesis.meanings if meaning else ()):
+            if not meaning.isdisjoint(other) and hypothesis.words[i] != word:
+                out[j].append((j, 1, i, 1, SYNONYM))
+    for j, words, others in reference.phrases:
+        for other in others:
+            for i, n in hypothesis.places.get(other, ()):
+                out[j].append((j, words, i, n, PARAPHRASE))
+    for i, n, others in hypothesis.phrases:
+        for other in others:
+            for j, words in reference.places.get(other, ()):
+                out[j].append((j, words, i, n, PARAPHRASE))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR: search
+
+BEAM = 40
+RANK = itemgetter(0, 1, 2)
+
+
+def bits(start: int, words: int) -> int:
+    """Return the words of a span as the bits of a number."""
+    return ((1 << words) - 1) << start
+
+
+def certain(lists: list[list[Match]], hypothesis_words: int) -> dict[int, Match]:
+    """Pick the matches that nothing competes with: reference word -> its match."""
+    cover_r, cover_h = [0] * len(lists), [0] * hypothesis_words
+    for j, words, i, n, _ in chain.from_iterable(lists):
+        for k in range(j, j + words):
+            cover_r[k] += 1
+        for k in range(i, i + n):
+            cover_h[k] += 1
+    return {
+        j: (j, words, i, n, stage)
+        for j, words, i, n, stage in (found[0] for found in lists if len(found) == 1)
+        if set(cover_r[j : j + words]) == set(cover_h[i : i + n]) == {1}
+    }
+
+
+def align(lists: list[list[Match]], hypothesis_words: int) -> list[Match]:
+    """Choose matches that share no word: many words, then few chunks, then little movement.
+
+    A beam search over the reference, word by word. A path is (-weight, chunks, distance, words used
+    of the hypothesis, of the reference, first reference word not yet decided, end of the last match
+    in the hypothesis or -1, (earlier matches, last match)). The published program's own ways
+    are kept, because they decide ties: half a word of credit counts as none, and the distance
+    of a match is added to the path it branches off from, after the branch.
+    """
+    fixed = certain(lists, hypothesis_words)
+    used_h = sum(bits(i, n) for _, _, i, n, _ in fixed.values())
+    used_r = sum(bits(j, words) for j, words, _, _, _ in fixed.values())
+    paths = [(0, 0, 0, used_h, used_r, 0, -1, None)]
+    for j, found in enumerate(lists):
+        paths = sorted(paths, key=RANK)[:BEAM] if len(paths) > 1 else paths
+        longer = []
+        for path in paths:
+            cost, chunks, distance, used_h, used_r, free, last, chosen = path
+            if used_r >> j & 1:
+                if j < free:
+                    longer.append(path)
+                elif match := fixed.get(free):
+                    longer.append(extend(path, match, distance + abs(match[0] - match[2])))
+                continue
+            for match in found:
+                _, words, i, n, _ = match
+                if not (used_h & bits(i, n) or used_r & bits(j, words)):
+                    longer.append(extend((*path[:2], distance, *path[3:]), match, distance))
+                    distance += abs(j - i)
+            chunks += last != -1
+            longer.append((cost, chunks, distance, used_h, used_r, free + 1, -1, chosen))
+        paths = longer or paths[:1]
+    paths = sorted(paths, key=RANK)[:BEAM]
+    best = min(paths, key=lambda p: (p[0], p[1] + (p[6] != -1), p[2]))
+    out, chosen = [], best[7]
+    while chosen:
+        chosen, match = chosen
+        out.append(match)
+    return out[::-1]
+
+
+def extend(path: tuple, match: Match, distance: int) -> tuple:
+    """Add a match to a path."""
+    cost, chunks, _, used_h, used_r, _, last, chosen = path
+    j, words, i, n, stage = match
+    weight = 2 if stage == EXACT else words // 2 + n // 2
+    used_h, used_r = used_h | bits(i, n), used_r | bits(j, words)
+    chunks += last not in (-1, i)
+    return cost - weight, chunks, distance, used_h, used_r, j + words, i + n, (chosen, match)
+
+
+# ---------------------------------------------------------------------------------------------
+# METEOR: score
+
+CHUNKS, COVERED = 20, slice(21, 23)  # in the numbers that `statistics` returns
+
+
+def statistics(hypothesis: Line, reference: Line) -> list[int]:
+    """Align two lines and count, in the order of the published program.
+
+    Returns: 23 numbers: words of the hypothesis, of the reference; function words of each; for each
+             stage the content words it covers of the hypothesis, of the reference, then the
+             function words so; chunks (stretches of matches in the same order and without a gap
+             in both lines); words covered in the hypothesis, in the reference.
+    """
+    matches = align(candidates(hypothesis, reference), len(hypothesis.words))
+    out = [len(hypothesis.words), len(reference.words)]
+    out += [sum(hypothesis.is_function), sum(reference.is_function)] + [0] * 19
+    next_j = next_i = -1
+    for j, words, i, n, stage in matches:
+        of_h, of_r = (
+            sum(hypothesis.is_function[i : i + n]),
+            sum(reference.is_function[j : j + words]),
+        )
+        for k, count in enumerate((n - of_h, words - of_r, of_h, of_r)):
+            out[4 + 4 * stage + k] += count
+        out[CHUNKS] += (j, i) != (next_j, next_i)
+        next_j, next_i = j + words, i + n
+        out[COVERED.start] += n
+        out[COVERED.start + 1] += words
+    return out
+
+
+def perfect(stats: list[int]) -> bool:
+    """Tell whether every word of both lines is covered, in one chunk."""
+    return stats[COVERED] == stats[:2] and stats[CHUNKS] == 1
+
+
+def meteor_score(stats: list[int]) -> float:
+    """Turn the counts of a caption, or their sums over a corpus, into METEOR.
+
+        P, R    = weighted matches / weighted words, of the hypothesis and of the reference
+        F       = 1 / ((1 - alpha) / P + alpha / R)                  alpha = 0.85
+        METEOR  = F * (1 - gamma * (chunks / matched words) ^ beta)  gamma = 0.6, beta = 0.2
+
+    A content word weighs delta = 0.75, a function word 0.25, times 1, 0.6, 0.8 or 0.6 for an exact,
+    stem, synonym or paraphrase match. Nothing is taken off when all is one chunk without a gap.
+
+    >>> meteor_score([4, 4, 0, 0, 3, 3, 0, 0] + [0] * 12 + [1, 3, 3])  # P = R = 3/4, one chunk of 3
+    0.38876...
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    half = []
+    for side in (0, 1):
+        words, function_words = stats[side], stats[2 + side]
+        length = delta * (words - function_words) + (1 - delta) * function_words
+        weight = 0.0
+        for share, first in ((delta, 4), (1 - delta, 6)):
+            for stage, credit in enumerate((1.0, 0.6, 0.8, 0.6)):
+                weight += stats[first + 4 * stage + side] * credit * share
+        half.append(weight / length if length else 0.0)
+    P, R = half
+    if not P or not R:
+        return 0.0
+    F = 1 / ((1 - alpha) / P + alpha / R)
+    gaps = 0.0 if perfect(stats) else stats[CHUNKS] / (sum(stats[COVERED]) / 2)
+    return max(0.0, F * (1 - gamma * gaps**beta))
+
+
+def meteor(
+    hypotheses: list[str], references: list[list[str]], lists: WordLists = NO_LISTS
+) -> tuple[float, np.ndarray]:
+    """Score METEOR: against the best reference of each item, the first on ties.
+
+    Returns: the corpus score, and (N,) for the items. The corpus score is not their mean: it is
+             the score of the summed counts, to which a perfect item adds no chunk.
+    """
+    # the published program is handed one line with ||| between the texts
+    blank = "".join(map(chr, range(33)))
+    hypotheses = [text.replace("|||", "").strip(blank) for text in hypotheses]
+    references = [[r.strip(blank) for r in " ||| ".join(refs).split("|||")] for refs in references]
+    lines = read_lines(chain(hypotheses, *references), lists)
+    total, per_item = [0] * 23, []
+    for text, refs in zip(hypotheses, references, strict=True):
+        all_stats = [statistics(lines[text], lines[ref]) for ref in refs]
+        scores = [meteor_score(stats) for stats in all_stats]
+        per_item.append(max(scores))
+        stats = all_stats[scores.index(per_item[-1])]
+        if perfect(stats):
+            stats[CHUNKS] = 0
+        total = [a + b for a, b in zip(total, stats, strict=True)]
+    return meteor_score(total), np.array(per_item)
+
+
+# ---------------------------------------------------------------------------------------------
+# All metrics of a set of captions
+
+MOST_PIECES = 61  # of a reference in the paper's code: 96 positions - 32 seconds - 3 special tokens
+
+
+def check_captions(references: dict[str, list[str]], hypotheses: dict[str, str]) -> None:
+    """Meet captions that cannot be scored with an error that names the item."""
+    if not references:
+        raise DataError("no captions: wanted at least one item")
+    for ours, others, side in (
+        (references, hypotheses, "hypotheses"),
+        (hypotheses, references, "references"),
+    ):
+        if missing := [key for key in ours if key not in others]:
+            raise DataError(f"item {missing[0]!r} is not in the {side} ({len(missing)} are not)")
+    for key, refs in references.items():
+        if not isinstance(refs, list | tuple) or not refs:
+            raise DataError(f"item {key!r}: references are {refs!r:.80}, wanted a list of texts")
+        for text in (*refs, hypotheses[key]):
+            if not isinstance(text, str):
+                raise DataError(f"item {key!r}: a caption is {text!r:.80}, wanted a text")
+            if re.search("[\ud800-\udfff]", text):
+                raise DataError(f"item {key!r}: {text!r:.80} holds half a character, wanted text")
+
+
+def read_captions(
+    hypotheses: list[str],
+    references: list[list[str]],
+    tokenizer: str,
+    word_pieces: Tokenizer | None,
+) -> tuple[list[str], list[list[str]]]:
+    """Bring captions into the form that the scorers read."""
+    flat = list(chain.from_iterable(references))
+    if tokenizer == "ptb":
+        flat, hypotheses = ptb_tokenize(flat), ptb_tokenize(hypotheses)
+    elif tokenizer == "space":
+        flat, hypotheses = ([text.strip() for text in texts] for texts in (flat, hypotheses))
+    elif tokenizer != "bert":
+        raise ValueError(f"tokenizer is {tokenizer!r}, wanted one of {', '.join(TOKENIZERS)}")
+    elif word_pieces is None:
+        raise ValueError("tokenizer 'bert' wants word_pieces, the model's tokenizer")
+    else:
+        flat = [bert_decode(text, word_pieces, MOST_PIECES).strip() for text in flat]
+        hypotheses = [bert_decode(text, word_pieces).strip() or "none" for text in hypotheses]
+    texts = iter(flat)
+    return hypotheses, [[next(texts) for _ in refs] for refs in references]
+
+
+def caption_scores(
+    references: dict[str, list[str]],
+    hypotheses: dict[str, str],
+    tokenizer: str = "ptb",
+    word_pieces: Tokenizer | None = None,
+    meteor_data: str | Path | None = None,
+    per_item: bool = False,
+) -> dict:
+    """Score captions against one or more references each (sec. 5.4).
+
+    Args:    references, hypotheses: by item, the same items. tokenizer: "ptb" as COCO, "space" as
+             nlg-eval, "bert" as the paper: both sides through `word_pieces`, references cut to 61
+             of them, an empty hypothesis read as "none". meteor_data: the folder of METEOR's
+             files; None looks for the package pycocoevalcap.
+    Returns: {"BLEU-1" .. "BLEU-4", "METEOR", "ROUGE-L", "CIDEr" (CIDEr-D, 0..10)}, fractions else;
+             "METEOR (exact+stem)" in place of "METEOR" where its word lists are missing. With
+             per_item also {"per item": {item: the same metrics}}.
+    Raises:  DataError (a ValueError) naming the item that cannot be scored.
+
+    >>> scores = caption_scores({"a": ["Mix the rice."]}, {"a": "mix the rice"})
+    >>> round(scores["BLEU-3"], 6), scores["ROUGE-L"], scores["CIDEr"]  # CIDEr of one item is 0
+    (1.0, 1.0, 0.0)
+    """
+    check_captions(references, hypotheses)
+    items = list(references)
+    ours, refs = [hypotheses[k] for k in items], [references[k] for k in items]
+    ours, refs = read_captions(ours, refs, tokenizer, word_pieces)
+    counts = count_ngrams([text.split() for text in chain(ours, *refs)])
+    lists = word_lists(meteor_data)
+    corpus_bleu, bleus = bleu(ours, refs, counts)
+    lcs, cider = rouge_l(ours, refs), cider_d(ours, refs, counts)
+    if tokenizer != "ptb":  # nlg-eval makes one space of any space before METEOR
+        ours = [re.sub(r"\s+", " ", text) for text in ours]
+        refs = [[re.sub(r"\s+", " ", text) for text in texts] for texts in refs]
+    corpus_meteor, meteors = meteor(ours, refs, lists)
+    names = [*(f"BLEU-{n}" for n in range(1, 5)), "METEOR", "ROUGE-L", "CIDEr"]
+    if lists is NO_LISTS:
+        names[4] = "METEOR (exact+stem)"
+    corpus = [*corpus_bleu, corpus_meteor, lcs.mean(), cider.mean()]
+    out = dict(zip(names, map(float, corpus), strict=True))
+    if per_item:
+        table = np.column_stack([bleus, meteors, lcs, cider]).tolist()
+        rows = (dict(zip(names, row, strict=True)) for row in table)
+        out["per item"] = dict(zip(items, rows, strict=True))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# python eval.py captions
+
+
+def read_captions_json(path: str | Path) -> object:
+    """Read JSON in which no key stands twice: the first of two captions must not get lost."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in found if names.count(name) > 1)
+            raise DataError(f"{path}: key {twice!r} is given twice, wanted once")
+        return found
+
+    text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: is empty, wanted JSON")
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+
+
+def rows_by_item(path: str | Path, rows: list, item: Callable, text: str) -> dict[str, list[str]]:
+    """Collect the texts of a list of {.., text: ".."}, the item's name made of each row."""
+    out = defaultdict(list)
+    for i, row in enumerate(rows):
+        key = item(row) if isinstance(row, dict) else None
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise DataError(f"{path}: row {i} is {row!r:.80}, wanted a name or number as its id")
+        if not isinstance(row.get(text), str):
+            raise DataError(f"{path}: {key!r}: {text} is {row.get(text)!r:.80}, wanted a text")
+        out[str(key)].append(row[text])
+    return dict(out)
+
+
+def one_each(path: str | Path, texts: dict[str, list[str]]) -> dict[str, str]:
+    """Take the one text of each item."""
+    for key, found in texts.items():
+        if len(found) > 1:
+            raise DataError(f"{path}: {key!r} is given {len(found)} times, wanted once")
+    return {key: found[0] for key, found in texts.items()}
+
+
+def read_references(path: str | Path) -> dict[str, list[str]]:
+    """Read {id: [texts]}, COCO's {"annotations": [..]} or YouCook2's {"database": {..}}.
+
+    Returns: texts by id; COCO's numbers as strings, YouCook2's segments as "<video>_<id>".
+    Raises:  DataError naming the file, the item and what is wrong with it.
+    """
+    data = read_captions_json(path)
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: holds a {type(data).__name__}, wanted an object of references")
+    rows = data.get("annotations")
+    if isinstance(rows, list) and any(isinstance(row, dict) for row in rows):
+        return rows_by_item(path, rows, lambda row: row.get("image_id"), "caption")
+    if isinstance(data.get("database"), dict):
+        out = {}
+        for video, entry in data["database"].items():
+            rows = entry.get("annotations") if isinstance(entry, dict) else None
+            if not isinstance(rows, list):
+                raise DataError(f"{path}: {video}: annotations is {rows!r:.80}, wanted a list")
+            found = rows_by_item(path, rows, lambda row: row.get("id"), "sentence")
+            one_each(f"{path}: {video}", found)
+            out |= {f"{video}_{key}": texts for key, texts in found.items()}
+        return out
+    for key, texts in data.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path}: {key!r} has {texts!r:.80}, wanted a list of texts")
+        if not texts:
+            raise DataError(f"{path}: {key!r} has no text, wanted at least one")
+    return data
+
+
+def read_hypotheses(path: str | Path) -> dict[str, str]:
+    """Read {id: text} or COCO's results [{"image_id", "caption"}, ..]; ids as strings."""
+    data = read_captions_json(path)
+    if isinstance(data, list):
+        return one_each(path, rows_by_item(path, data, lambda row: row.get("image_id"), "caption"))
+    if not isinstance(data, dict):
+        raise DataError(f"{path}: holds a {type(data).__name__}, wanted an object or a list")
+    for key, text in data.items():
+        if not isinstance(text, str):
+            raise DataError(f"{path}: {key!r} has {text!r:.80}, wanted a text")
+    return data
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `captions`."""
+    add = parser.add_argument
+    add("--references", required=True, metavar="JSON", help="{id: [texts]}, COCO's or YouCook2's")
+    add("--hypotheses", required=True, metavar="JSON", help="{id: text}, or COCO's results")
+    add("--tokenizer", choices=TOKENIZERS, default="ptb",
+        help="how captions are read: ptb as COCO (default), space as nlg-eval, bert as the paper")  # fmt: skip
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--run", metavar="RUN", help="run whose tokenizer reads captions (bert)")
+    model.add_argument("--vocab", metavar="FILE", help="tokenizer.json or vocab.txt (bert)")
+    add("--meteor-data", metavar="DIR", help="folder with meteor-1.5.jar and paraphrase-en.gz; "
+        "default: the package pycocoevalcap")  # fmt: skip
+    add("--json", metavar="FILE", help="write the scores as JSON")
+    add("--per-item", action="store_true", help="print (and write) each item's scores, too")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Score the captions of one file against those of another, and print the table."""
+    word_pieces, vocabulary = None, args.run or args.vocab
+    if (args.tokenizer == "bert") != bool(vocabulary):
+        raise DataError("--tokenizer bert and one of --run and --vocab go together")
+    if vocabulary:
+        from vlm import load_tokenizer
+
+        word_pieces = load_tokenizer(vocabulary)
+    references, hypotheses = read_references(args.references), read_hypotheses(args.hypotheses)
+    both = [key for key in references if key in hypotheses]
+    only = {"references": len(references) - len(both), "hypotheses": len(hypotheses) - len(both)}
+    if not both:
+        raise DataError(
+            f"{args.hypotheses}: none of its {len(hypotheses)} ids is among the "
+            f"{len(references)} of {args.references}"
+        )
+    scores = caption_scores(
+        {key: references[key] for key in both},
+        {key: hypotheses[key] for key in both},
+        args.tokenizer,
+        word_pieces,
+        args.meteor_data,
+        args.per_item,
+    )
+    items = scores.pop("per item", {})
+    name = Path(args.references).name
+    print(f"{len(both)} items of {name}, tokenizer {args.tokenizer}")
+    if any(only.values()):
+        print(f"left out: {only['references']} only in the references, "
+              f"{only['hypotheses']} only in the hypotheses")  # fmt: skip
+    print(scores_table(scores, items))
+    if args.json:
+        found = {"task": "captions", "dataset": name, "n": len(both), "tokenizer": args.tokenizer}
+        found |= {"left out": only, "model": scores} | ({"per item": items} if items else {})
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def scores_table(scores: dict[str, float], items: dict[str, dict[str, float]]) -> str:
+    """Lay the scores out, the items' below the corpus'.
+
+    >>> print(scores_table({"BLEU-1": 0.5, "CIDEr": 1.25}, {"a": {"BLEU-1": 1.0, "CIDEr": 0.0}}))
+              BLEU-1     CIDEr
+    corpus    0.5000    1.2500
+    a         1.0000    0.0000
+    """
+    widths = [max(10, len(name) + 2) for name in scores]
+    left = max(map(len, ["corpus", *items]))
+    lines = [" " * left + "".join(f"{name:>{w}}" for name, w in zip(scores, widths, strict=True))]
+    for item, row in {"corpus": scores, **items}.items():
+        numbers = "".join(f"{x:{w}.4f}" for x, w in zip(row.values(), widths, strict=True))
+        lines.append(f"{item:<{left}}{numbers}")
+    return "\n".join(lines)

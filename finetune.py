@@ -1,0 +1,384 @@
+"""Fine-tune VLM on one of five tasks (sec. 4), with nothing changed but the attention mask.
+
+    torchrun finetune.py retrieval                  toy world, from train.py's run: about a minute
+    torchrun finetune.py captioning --data DATA --init RUN                    your own data and run
+    torchrun --nproc_per_node=8 finetune.py qa --data MSRVTT --bert BERT      no pre-training at all
+
+    retrieval      -log p(its video | text) among the batch's videos                     sec. 4.1
+    qa             -log p(its text | video) among the batch's texts                      sec. 4.4
+    segmentation   cross-entropy of each second's label, windows of 32 s                 sec. 4.2
+    localization   binary cross-entropy of second . step dot products                    sec. 4.3
+    captioning     cross-entropy of each next word under the captioning mask             sec. 4.5
+
+After each epoch the model is tried on training videos held out for that (`--held-out`); the best
+epoch is kept and tested at the end as `python eval.py TASK` does. The loop is train.py's.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from data import encode, generator, open_features, pairs
+from eval import ANSWER, Options, evaluate
+from tasks import DATASETS, WINDOW, Item, Task, open_task
+from train import (
+    Log,
+    LoopConfig,
+    Ranks,
+    begin,
+    clock,
+    close,
+    fill_in,
+    fit,
+    is_toy,
+    make_model,
+    newest_run,
+    opt,
+    parse,
+    run_directory,
+    settle,
+    start_ranks,
+)
+from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class TuneConfig(LoopConfig):
+    """Fine-tune. Settings left at None take the values of TOY or PAPER below."""
+
+    task: str = opt("retrieval", "what to learn", at=1, choices=tuple(DATASETS))
+    dataset: str | None = opt(None, "the benchmark, by its folder in DATA (default: first there)",
+                              "data", choices=("msrvtt", "youcook2"))  # fmt: skip
+    held_out: float = opt(0.1, "share of the training videos to choose the best epoch by; 0: none")
+    stride: int = opt(16, "segmentation, localization: seconds from window to window (paper: 16)")
+    train_videos: int = opt(30, "localization: training videos of a task (paper: 30)")
+    tokenizer: str = opt("bert", "captioning: how texts become words for the metrics (paper: bert)",
+                         "objective", choices=("bert", "ptb", "space"))  # fmt: skip
+    meteor_data: str | None = opt(None, "captioning: METEOR's word lists", metavar="DIR")
+
+    POSITIVE = ("stride", "train_videos")
+    WARMUP = 122  # steps (sec. 5.2)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"--held-out is {self.held_out}, wanted 0 or more, below 1")
+        if self.stride > WINDOW:
+            raise ValueError(f"--stride is {self.stride}, wanted at most {WINDOW}")
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-{self.task}"
+
+
+TOY = {
+    "retrieval": dict(epochs=40, batch=60),
+    "qa": dict(epochs=40, batch=60),
+    "segmentation": dict(epochs=10, batch=16),
+    "localization": dict(epochs=20, batch=8),
+    "captioning": dict(epochs=20, batch=32),
+}
+PAPER = {  # the paper gives none; those of its authors' code are near
+    "retrieval": dict(epochs=10, batch=256),
+    "qa": dict(epochs=10, batch=256),
+    "segmentation": dict(epochs=8, batch=32),
+    "localization": dict(epochs=10, batch=16),
+    "captioning": dict(epochs=10, batch=64),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def draw_items(train: list[list[Item]], step: int, batch: int, parts: int, seed: int) -> list:
+    """Draw the items of a step for each of `parts` (ranks x micro-batches).
+
+    An epoch takes one item of each group, in an order and by a choice that (seed, epoch) decide, in
+    batches as even as can be: every group once, none twice in a batch.
+    """
+    epoch, i = divmod(step, math.ceil(len(train) / batch))
+    g = generator(seed, epoch)
+    order = torch.randperm(len(train), generator=g).numpy()
+    u = torch.rand(len(train), generator=g).tolist()
+    mine = np.array_split(order, math.ceil(len(train) / batch))[i]
+    return [[train[k][int(u[k] * len(train[k]))] for k in part]
+            for part in np.array_split(mine, parts)]  # fmt: skip
+
+
+def collate(task: Task, items: list[Item], tokenizer: Tokenizer, c: VLMConfig) -> Batch:
+    """Read the items' seconds and texts: a Batch, with labels where the task has them."""
+    batch = pairs(task.features, [item.clip for item in items], tokenizer, c)
+    if task.name == "segmentation":
+        batch.label = torch.full(batch.video_valid.shape, -1)
+        for row, item in zip(batch.label, items, strict=True):
+            row[: len(item.truth)] = torch.from_numpy(item.truth)
+    if task.name == "localization":  # the steps of all tasks in the batch; a video asks for its own
+        tasks = {item.clip.key: item.texts for item in items}
+        first = dict(
+            zip(tasks, np.cumsum([0, *map(len, tasks.values())])[:-1].tolist(), strict=True)
+        )
+        said = [text for texts in tasks.values() for text in texts]
+        batch.text, batch.text_valid = encode(said, tokenizer, c)  # (S, T)
+        batch.label = torch.full((*batch.video_valid.shape, len(said)), -1)  # (B, V, S)
+        for row, item in zip(batch.label, items, strict=True):
+            (n, S), s = item.truth.shape, first[item.clip.key]
+            row[:n, s : s + S] = torch.from_numpy(item.truth)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses
+
+
+def contrast(query: Tensor, key: Tensor, gather: Callable) -> LossSums:
+    """Sum -log [ exp(q_i.k_i) / sum_j exp(q_i.k_j) ] over rows, k_j of all ranks (sec. 4.1, 4.4).
+
+    Args: query, key (B, D): row i of one belongs to row i of the other.
+    """
+    pool = gather(key)
+    with torch.autocast(query.device.type, enabled=False):  # no rounding of large dot products
+        scores = query.float() @ pool.float().T  # (B, all ranks' B)
+        own = (query.float() * key.float()).sum(1)
+    return sums("text", (scores.logsumexp(1) - own).sum(), len(query), math.log(len(pool)))
+
+
+def retrieval_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
+    """Tell each text's video from the batch's others (sec. 4.1)."""
+    video = model.embed_video(batch.video, batch.video_valid)
+    return contrast(model.embed_text(batch.text, batch.text_valid), video, gather)
+
+
+def qa_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
+    """Tell each video's text from the batch's others (sec. 4.4)."""
+    video = model.embed_video(batch.video, batch.video_valid)
+    return contrast(video, model.embed_text(batch.text, batch.text_valid), gather)
+
+
+def segmentation_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
+    """Cross-entropy of each second's label over K labels (sec. 4.2)."""
+    asked = batch.label >= 0
+    logits = model.segment(batch.video, batch.video_valid)[asked].float()  # (seconds, K)
+    value = F.cross_entropy(logits, batch.label[asked], reduction="sum")
+    return sums("video", value, int(asked.sum()), math.log(logits.shape[1]))
+
+
+def localization_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
+    """Binary cross-entropy of h_v . step dot products (sec. 4.3)."""
+    h = model.encode_video(batch.video, batch.video_valid)[:, :-1]  # (B, V, D)
+    steps = model.embed_text(batch.text, batch.text_valid)  # (S, D)
+    asked = batch.label >= 0
+    with torch.autocast(h.device.type, enabled=False):
+        logits = (h.float() @ steps.float().T)[asked]
+    shown = batch.label[asked].float()
+    value = F.binary_cross_entropy_with_logits(logits, shown, reduction="sum")
+    return sums("video", value, int(asked.sum()), math.log(2))
+
+
+def captioning_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
+    """Cross-entropy of each next word (sec. 4.5)."""
+    return model.caption_loss(batch)
+
+
+def sums(kind: str, value: Tensor, count: int, chance: float) -> LossSums:
+    """Report a sum over `count` video or text things, as train.py's loop wants it."""
+    zero, n = value.new_zeros(()), torch.tensor(count, device=value.device)
+    none = torch.zeros_like(n)
+    if kind == "video":
+        return LossSums(value, n, zero, none, chance, 0.0, joint=True)
+    return LossSums(zero, none, value, n, 0.0, chance, joint=True)
+
+
+LOSS = {
+    "retrieval": retrieval_loss,
+    "qa": qa_loss,
+    "segmentation": segmentation_loss,
+    "localization": localization_loss,
+    "captioning": captioning_loss,
+}
+
+
+def count(batch: Batch, task: str) -> tuple[int, int]:
+    """Return what a loss will count: (video things, text things)."""
+    if batch.label is not None:
+        return int((batch.label >= 0).sum()), 0
+    return 0, int(batch.text_valid.sum()) if task == "captioning" else len(batch.text)
+
+
+# ---------------------------------------------------------------------------------------------
+# The best epoch, and the whole
+
+
+def quality(task: str, row: dict[str, float]) -> tuple[str, float]:
+    """Say by which number epochs of a task are compared, and its value; higher is better."""
+    if task == "retrieval":
+        return "mean of R@1, R@5, R@10", sum(row[k] for k in ("R@1", "R@5", "R@10")) / 3
+    metric = {"qa": "accuracy", "segmentation": "frame accuracy"}.get(task)
+    metric = metric or {"localization": "recall", "captioning": "BLEU-4"}[task]
+    return metric, row[metric]
+
+
+@dataclass
+class Best:
+    """Validate after each epoch and keep the best one's weights in the run directory."""
+
+    task: Task
+    model: VLM
+    tokenizer: Tokenizer
+    ranks: Ranks
+    out: Path
+    epoch: int  # steps
+    last: int  # step
+    best: float = -math.inf
+    at: int = 0
+
+    def __post_init__(self):
+        log = self.out / "log.jsonl"  # a resumed run finds what it had
+        rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+        for row in rows:
+            if "validation" in row and row["validation"] >= self.best:
+                self.best, self.at = row["validation"], row["step"]
+
+    def __call__(self, step: int, log: Log) -> bool:
+        """Validate if an epoch or the run ends here; every rank does, and all find the same."""
+        if step % self.epoch and step != self.last or not self.task.val:
+            return False
+        begun = time.monotonic()
+        self.model.eval()
+        answer, greedy = ANSWER[self.task.name], Options(beams=1)
+        found = answer(self.model, self.tokenizer, self.task.features, self.task.val, greedy)
+        metric, value = quality(self.task.name, next(iter(found.rows.values())))
+        better = value >= self.best  # of equal ones the later
+        if better:
+            self.best, self.at = value, step
+            self.save()
+        said = f"      epoch {step / self.epoch:g}: held-out {metric} {value:.3f}"
+        said += ", the best so far" if better else f", best {self.best:.3f} at step {self.at}"
+        took = f" ({time.monotonic() - begun:.1f} s)"
+        log({"step": step, "validation": value, "metric": metric}, said + took)
+        return True
+
+    def save(self) -> None:
+        """Write the model as it is now."""
+        if self.ranks.rank == 0:
+            save_run(self.out, self.model, self.tokenizer)
+
+
+def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokenizer]:
+    """Make the model to fine-tune: weights, classifier, and which parameters the task trains."""
+    model, tokenizer = make_model(cfg, task.features.width, say)
+    if model.config.labels != task.labels:
+        torch.manual_seed(cfg.seed)
+        model.set_labels(task.labels)
+    # what a loss never reads, DDP must not wait for: the MLM head is the captioner's alone
+    model.cls.requires_grad_(cfg.task == "captioning")
+    c = model.config
+    c.stage, c.task, c.data = (
+        "fine-tuned",
+        cfg.task,
+        f"{Path(cfg.data).resolve().name}/{task.dataset}",
+    )
+    return model, tokenizer
+
+
+def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
+    """Fine-tune, test the best epoch; return the summary, the last line of log.jsonl."""
+    ranks = start_ranks()
+    cfg = ranks.share(settle(cfg, set(given), TOY[cfg.task] | {"dropout": 0.0}, PAPER[cfg.task])
+                      if ranks.rank == 0 else None)  # fmt: skip
+    begin(cfg, ranks)
+    if not (cfg.resume or cfg.init or cfg.bert):
+        cfg.init = str(pre_trained(cfg))
+        ranks.say(f"from the weights of {cfg.init}")
+    features = open_features(cfg.data, cfg.features)
+    task = open_task(
+        cfg.task, cfg.data, features, cfg.dataset, cfg.skip_bad, cfg.held_out, (), cfg.stride,
+        cfg.train_videos, cfg.seed,
+    )  # fmt: skip
+    ranks.say("\n".join(task.said))
+    if len(task.train) < ranks.world * cfg.accumulate:
+        raise ValueError(
+            f"{len(task.train)} items to train on, wanted at least one for each of {ranks.world} "
+            f"ranks x {cfg.accumulate} micro-batches"
+        )
+    model, tokenizer = start_model(cfg, task, ranks.say)
+    epoch = math.ceil(len(task.train) / cfg.batch)  # steps
+    cfg.log_every = cfg.log_every or epoch
+    fill_in(cfg, model, epoch)
+    out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
+    cfg.out = str(out)
+    model.to(ranks.device)
+    best = Best(task, model, tokenizer, ranks, out, epoch, cfg.steps)
+    ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips, {epoch} an epoch")
+
+    def loss(model: VLM, batch: Batch) -> LossSums:
+        return LOSS[cfg.task](model, batch, ranks.gather)
+
+    def draw(step: int, micro: int) -> Batch:
+        parts = ranks.world * cfg.accumulate
+        items = draw_items(task.train, step, cfg.batch, parts, cfg.seed)
+        return collate(task, items[ranks.rank * cfg.accumulate + micro], tokenizer, model.config)
+
+    def save() -> None:  # beside trainer.pt; the best epoch's weights stay
+        if not best.at:
+            best.save()
+
+    def asked(batch: Batch) -> tuple[int, int]:
+        return count(batch, cfg.task)
+
+    reached, seconds = fit(cfg, ranks, model, loss, asked, draw, out, save, best)
+    if reached < cfg.steps:
+        again = f"torchrun finetune.py {cfg.task} --resume --out {out}"
+        ranks.say(f"stopped at step {reached}; to go on: {again}")
+        return {"final": False, "steps": reached}
+    if best.at:
+        model.load_state_dict(read_tensors(out / "model.safetensors"))
+        ranks.say(f"\nthe best epoch ended with step {best.at}")
+    else:
+        best.save()
+    options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
+    report = evaluate(model, tokenizer, task, options)
+    ranks.say(f"\n{report}\n\n{clock(seconds)} of training; the model is in {out}")
+    summary = {"final": True, "steps": cfg.steps, **report.to_json()}
+    summary |= {"best_step": best.at, "held_out": best.best if best.at else None}
+    summary["seconds"] = round(seconds, 1)
+    if ranks.rank == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(summary) + "\n")
+        if cfg.json:
+            Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def pre_trained(cfg: TuneConfig) -> Path:
+    """Find the run to start from where none is named: the newest pre-trained one on this data."""
+    try:
+        return newest_run(LoopConfig(data=cfg.data))
+    except ValueError:
+        advice = (
+            "torchrun train.py makes one" if is_toy(cfg.data) else "pass --init RUN or --bert DIR"
+        )
+        raise ValueError(f"no run under runs/ pre-trained on {cfg.data}: {advice}") from None
+
+
+def cli() -> int:
+    """Run the command line."""
+    main(*parse(TuneConfig, description=__doc__))
+    close()
+    return 0
+
+
+if __name__ == "__main__":
+    run(cli)

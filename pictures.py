@@ -1,0 +1,211 @@
+"""Pictures of a run (sec. 5.5.2, Figure 4), drawn with matplotlib: pip install matplotlib.
+
+    python eval.py heads --run RUN --data DATA --plot heads.png      who looks at whom in one clip
+    python eval.py space --run RUN --data DATA --plot space.png      video and word tokens, in 2-d
+    python eval.py curves --run RUN --plot curves.png                loss and validation by step
+
+Letters as in vlm.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from benchmarks import Clip
+from data import FeatureStore, pairs
+from vlm import VLM, Batch
+
+BLUE, ORANGE, GREY = "#2060a0", "#d06020", "#808080"
+
+
+def matplotlib():
+    """Import pyplot, drawing to files, or say how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures want matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure, path: str | Path) -> None:
+    """Write a figure 1200 pixels wide."""
+    try:
+        figure.savefig(path, dpi=1200 / figure.get_figwidth())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path}: cannot be written ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention heads (Figure 4)
+
+
+@torch.no_grad()
+def attention(model: VLM, batch: Batch, kind: str = "full") -> Tensor:
+    """Return each head's attention, softmax(q k / sqrt(D/H)): (layers, B, H, L, L)."""
+    seen, layers = [], model.bert.encoder["layer"]
+
+    def look(layer, inputs) -> None:
+        x, rows, attend = inputs[:3]
+        q, k, _ = layer.qkv(x, rows, *attend.shape[:2])
+        score = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+        seen.append(score.masked_fill(~attend[:, None], -torch.inf).softmax(3))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        model(batch, kind)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(seen).cpu()
+
+
+def crossing(weights: Tensor, V: int) -> Tensor:
+    """Measure how much each head looks from one modality at the other: (layers, H) in 0..1."""
+    video, text = slice(1, V + 1), slice(V + 2, weights.shape[3] - 1)
+    over = weights[:, 0, :, video, text].sum(3).mean(2)
+    return (over + weights[:, 0, :, text, video].sum(3).mean(2)) / 2
+
+
+def plot_heads(
+    model: VLM, tokenizer: Tokenizer, features: FeatureStore, clip: Clip, path: str, most: int = 4
+) -> list[tuple[int, int]]:
+    """Draw the heads of one clip that look most from one modality at the other (Figure 4).
+
+    Returns: which ones, (layer, head) from 1.
+    """
+    plt = matplotlib()
+    batch = pairs(features, [clip], tokenizer, model.config)
+    V, T = int(batch.video_valid.sum()), int(batch.text_valid.sum())
+    words = [tokenizer.id_to_token(i) for i in batch.text[0, :T].tolist()]
+    names = ["[CLS]", *(f"{int(clip.start) + i} s" for i in range(V)), "[SEP]", *words]
+    batch = batch.to(model.video_mean.device)
+    weights = attention(model, batch)  # (layers, 1, H, L, L)
+    share = crossing(weights, V)
+    order = share.flatten().argsort(descending=True)[:most].tolist()
+    chosen = [divmod(i, share.shape[1]) for i in order]
+    columns = min(2, len(chosen))
+    lines = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(12, 6.2 * lines + 0.6), squeeze=False, layout="constrained"
+    )
+    size = max(4.5, min(9, 300 / len(names)))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (layer, head) in zip(axes.flat, chosen, strict=False):
+        axis.set_axis_on()
+        axis.imshow(weights[layer, 0, head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+        for edge in (0.5, V + 0.5, V + 1.5):  # [CLS] | video | [SEP] | text
+            axis.axhline(edge, color=ORANGE, lw=0.6)
+            axis.axvline(edge, color=ORANGE, lw=0.6)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axis.set_yticks(range(len(names)), names, fontsize=size)
+        crossed = f"{share[layer, head]:.0%} to the other modality"
+        axis.set_title(f"layer {layer + 1}, head {head + 1}: {crossed}", fontsize=11)
+    figure.suptitle(
+        f"{clip.video}: rows look at columns; darker is more (square root of attention)",
+        fontsize=12,
+    )
+    save(figure, path)
+    plt.close(figure)
+    return [(layer + 1, head + 1) for layer, head in chosen]
+
+
+# ---------------------------------------------------------------------------------------------
+# Token space (sec. 5.5.2)
+
+
+def plane(x: Tensor) -> tuple[Tensor, list[float]]:
+    """Project rows (N, D) on their first two principal axes: (N, 2), and each axis's share."""
+    x = x.double() - x.double().mean(0)
+    _, s, axes = torch.linalg.svd(x, full_matrices=False)
+    return x @ axes[:2].T, (s[:2].square() / s.square().sum()).tolist()
+
+
+@torch.no_grad()
+def plot_space(
+    model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip], path: str
+) -> None:
+    """Draw video tokens x_v (Eq. 1) and the embeddings of the clips' words in one plane."""
+    plt = matplotlib()
+    video, ids = [], []
+    for i in range(0, len(clips), 64):
+        batch = pairs(features, clips[i : i + 64], tokenizer, model.config)
+        batch = batch.to(model.video_mean.device)
+        video.append(model.video_tokens(batch.video, batch.video_valid)[1].float().cpu())
+        ids.append(batch.text[batch.text_valid].cpu())
+    video = torch.cat(video)
+    video = video[:: -(-len(video) // 3000)]  # 3,000 at most: more would be one blot
+    ids, times = torch.cat(ids).unique(return_counts=True)
+    special = {tokenizer.token_to_id(f"[{n}]") for n in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    keep = torch.tensor([int(i) not in special for i in ids])
+    ids, times = ids[keep], times[keep]
+    words = model.bert.embeddings["word_embeddings"].weight[ids.to(model.video_mean.device)]
+    flat, share = plane(torch.cat([video, words.float().cpu()]))
+    v, w = flat[: len(video)].numpy(), flat[len(video) :].numpy()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    left.scatter(*v.T, s=4, color=BLUE, alpha=0.4, label=f"{len(v)} video tokens", lw=0)
+    left.scatter(*w.T, s=6, color=ORANGE, alpha=0.7, label=f"{len(w)} word pieces", lw=0)
+    left.legend(markerscale=3)
+    left.set_title("video tokens and word embeddings")
+    own, own_share = plane(words.float().cpu())  # the words spread out on axes of their own
+    right.scatter(*own.numpy().T, s=6, color=ORANGE, alpha=0.4, lw=0)
+    for i in times.argsort(descending=True)[:40].tolist():
+        right.annotate(tokenizer.id_to_token(int(ids[i])), own[i].tolist(), fontsize=9)
+    right.set_title("the words on axes of their own, the 40 commonest named")
+    for axis, (first, second) in ((left, share), (right, own_share)):
+        axis.set_xlabel(f"first principal axis ({first:.0%} of the variance)")
+        axis.set_ylabel(f"second ({second:.0%})")
+    save(figure, path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves
+
+
+def plot_curves(run: str | Path, path: str) -> None:
+    """Draw what log.jsonl holds: the loss beside chance, each modality's, and validation."""
+    plt = matplotlib()
+    log = Path(run) / "log.jsonl"
+    if not log.exists():
+        raise ValueError(f"{log}: no such file: --run wants a directory that train.py left")
+    try:
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        losses = [r for r in rows if r.get("loss") is not None and "step" in r]
+        checks = [r for r in rows if "validation" in r]
+        steps = np.array([r["step"] for r in losses])
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{log}: not a log of train.py or finetune.py ({error})") from None
+    if not losses:
+        raise ValueError(f"{log}: holds no step yet")
+    figure, axes = plt.subplots(
+        1, 1 + bool(checks), figsize=(12, 5), squeeze=False, layout="constrained"
+    )
+    axis = axes[0, 0]
+    both = any(r["video"] for r in losses) and any(r["text"] for r in losses)
+    axis.plot(steps, [r["loss"] for r in losses], color="black", lw=2, label="loss")
+    if both:
+        axis.plot(steps, [r["video"] for r in losses], color=BLUE, label="hidden video tokens")
+        axis.plot(steps, [r["text"] for r in losses], color=ORANGE, label="hidden word pieces")
+    axis.plot(steps, [r["chance"] for r in losses], color=GREY, ls="--", label="chance")
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats a token" if both else "nats")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    axis.set_title(f"{Path(run).resolve().name}: training loss")
+    if checks:
+        axis = axes[0, 1]
+        x, y = [r["step"] for r in checks], [r["validation"] for r in checks]
+        axis.plot(x, y, color=BLUE, marker="o")
+        axis.set_xlabel("step")
+        axis.set_ylabel(checks[0].get("metric", "validation"))
+        axis.set_title("held-out videos, after each epoch")
+    save(figure, path)
+    plt.close(figure)

@@ -1,0 +1,298 @@
+"""The five tasks of sec. 4: the benchmarks' files (sec. 5.1.2) as items to train on and to test by.
+
+    retrieval      MSR-VTT, YouCook2      a clip and its sentence
+    qa             MSR-VTT                a clip and five answers (trained on retrieval's clips)
+    segmentation   COIN                   a label, or background, for each second
+    localization   CrossTask              the ordered steps of a task, each found in time
+    captioning     YouCook2, MSR-VTT      a clip and its reference sentences
+
+What an item needs and does not have is left out, counted and said. Letters as in vlm.py.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import (
+    Bad,
+    Clip,
+    DataError,
+    read_coin,
+    read_crosstask,
+    read_msrvtt,
+    read_youcook2,
+    stop,
+)
+from data import FeatureStore
+
+DATASETS = {  # each task's benchmarks, as folders of DATA; the first one there is taken
+    "retrieval": ("msrvtt", "youcook2"),
+    "qa": ("msrvtt",),
+    "segmentation": ("coin",),
+    "localization": ("crosstask",),
+    "captioning": ("youcook2", "msrvtt"),
+}
+WINDOW = 32  # seconds (sec. 5.1.2)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to train on or to be asked.
+
+    clip: the seconds to read, and the sentence that belongs to them. texts: the five answers (qa),
+    the references (captioning), the task's steps in order (localization). right: which answer.
+    truth: (seconds,) int64 labels, 0 the background (segmentation); (seconds, S) bool, second shows
+    step (localization); rows are those of the clip.
+    """
+
+    clip: Clip
+    texts: tuple[str, ...] = ()
+    right: int = 0
+    truth: np.ndarray | None = None
+
+
+@dataclass
+class Task:
+    """One task on one dataset.
+
+    train: groups of items; an epoch draws one of each group, as MSR-VTT's sentences of a video.
+    val: held out of the training videos, to choose the best epoch by. test: what is reported.
+    labels: segmentation's label ids in class order, 0 the background; names: in words.
+    said: what was read and what was left out, a line each.
+    """
+
+    name: str
+    dataset: str
+    features: FeatureStore
+    train: list[list[Item]] = field(default_factory=list)
+    val: list[Item] = field(default_factory=list)
+    test: list[Item] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+
+def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
+    """Take the dataset that was asked for, or the first of the task's that DATA has."""
+    if name not in DATASETS:
+        raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(DATASETS)}")
+    if dataset and dataset not in DATASETS[name]:
+        raise DataError(f"--dataset {dataset}: {name} is read from {' or '.join(DATASETS[name])}")
+    there = [d for d in ([dataset] if dataset else DATASETS[name]) if (data / d).is_dir()]
+    if not there:
+        wanted = " or ".join(f"{d}/" for d in ([dataset] if dataset else DATASETS[name]))
+        raise DataError(f"{data}: {name} wants the folder {wanted} with the benchmark's own files")
+    return there[0]
+
+
+def open_task(
+    name: str, data: str | Path, features: FeatureStore, dataset: str | None = None,
+    skip_bad: bool = False, held_out: float = 0.0, labels: list[str] = (), stride: int = 16,
+    train_videos: int = 30, seed: int = 0,
+) -> Task:  # fmt: skip
+    """Read one task's files.
+
+    Args:    name: a key of DATASETS. data: the folder. dataset: which benchmark, by its folder.
+             skip_bad: count bad rows and go on. held_out: share of the training videos that
+             becomes `val`, chosen by seed. labels: a run's label ids, which are then the classes.
+             stride: seconds from one training window to the next. train_videos: localization's
+             training videos of a task (sec. 5.4: 540 of 18 tasks).
+    Raises:  DataError for a missing folder or file, a bad row, or when no test item is left.
+    """
+    data = Path(data)
+    dataset, bad = choose_dataset(name, data, dataset), Bad() if skip_bad else stop
+    task = Task(name, dataset, features)
+    if not 0 <= held_out < 1:
+        raise ValueError(f"--held-out is {held_out}, wanted 0 up to, not with, 1")
+    rng = np.random.default_rng(seed)
+    folder = data / dataset
+    if name == "segmentation":
+        _segmentation(task, read_coin(folder, bad), held_out, list(labels), stride, rng)
+    elif name == "localization":
+        _localization(task, read_crosstask(folder, bad), held_out, stride, train_videos, rng)
+    else:
+        read = read_msrvtt if dataset == "msrvtt" else read_youcook2
+        _pairs(task, read(folder, bad), held_out, rng)
+    if isinstance(bad, Bad) and bad.messages:
+        task.said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
+    if not task.test:
+        raise DataError(f"{folder}: nothing to test {name} by: {'; '.join(task.said) or 'empty'}")
+    sizes = f"{len(task.train)} to train on, {len(task.val)} to validate, {len(task.test)} to test"
+    task.said.insert(0, f"{name} on {dataset}: {sizes}")
+    return task
+
+
+def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:
+    """Keep clips whose video has features and that begin inside it; count and say the others."""
+    clips = list(clips)
+    seen = [c for c in clips if c.video in task.features]
+    kept = [c for c in seen if c.start < len(task.features.open(c.video))]
+    if len(seen) < len(clips):
+        first = next(c.video for c in clips if c.video not in task.features)
+        n = len(clips) - len(seen)
+        task.said.append(f"{what}: {n} of {len(clips)} have no features, first {first}")
+    if len(kept) < len(seen):
+        first = next(c for c in seen if c not in kept)
+        n = len(seen) - len(kept)
+        where = f"first {first.video} at {first.start:g} s"
+        task.said.append(f"{what}: {n} of {len(clips)} begin after the last feature row, {where}")
+    return kept
+
+
+def hold_out(keys: list, share: float, rng: np.random.Generator) -> tuple[list, list]:
+    """Split training videos in two: (to train on, to validate by), at least one each."""
+    n = min(len(keys) - 1, max(1, round(share * len(keys)))) if share and len(keys) > 1 else 0
+    chosen = set(rng.permutation(len(keys))[:n].tolist())
+    return [k for i, k in enumerate(keys) if i not in chosen], [keys[i] for i in sorted(chosen)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Clips with sentences: retrieval, question answering, captioning
+
+
+def _pairs(task: Task, found: dict, held_out: float, rng: np.random.Generator) -> None:
+    """Fill a task of clips and sentences from MSR-VTT or YouCook2."""
+    youcook = task.dataset == "youcook2"
+    train = usable(task, "training clips", found["training" if youcook else "train"])
+    videos: dict[str, list[Clip]] = {}
+    for clip in train:
+        videos.setdefault(clip.video, []).append(clip)
+    kept, held = hold_out(list(videos), held_out, rng)
+    for video in kept:  # YouCook2: a segment has one sentence; MSR-VTT: a video has twenty
+        items = [Item(c, (c.text,)) for c in videos[video]]
+        task.train += [[item] for item in items] if youcook else [items]
+    for video in held:
+        texts = tuple(c.text for c in videos[video])
+        task.val += (
+            [Item(c, (c.text,)) for c in videos[video]] if youcook
+            else [Item(videos[video][0], texts)]
+        )  # fmt: skip
+    if task.name == "qa":
+        task.val = [_question(task.val, i, rng) for i in range(len(task.val))]
+        rows = [Clip(video, texts[right]) for video, texts, right in found["qa"]]
+        known = set(usable(task, "questions", rows))
+        task.test = [
+            Item(clip, tuple(texts), right)
+            for clip, (_, texts, right) in zip(rows, found["qa"], strict=True)
+            if clip in known
+        ]
+        return
+    test = usable(task, "test clips", found["validation" if youcook else "test"])
+    references = {} if youcook else found["references"]
+    task.test = [Item(c, tuple(references.get(c.video, [c.text]))) for c in test]
+
+
+def _question(items: list[Item], i: int, rng: np.random.Generator) -> Item:
+    """Ask for clip i's sentence among those of four others, as the benchmark's questions do."""
+    own = items[i].clip
+    others = [x.clip.text for x in items if x.clip.video != own.video and x.clip.text != own.text]
+    texts = [others[k] for k in rng.permutation(len(others))[:4]]
+    right = int(rng.integers(len(texts) + 1))
+    texts.insert(right, own.text)
+    return Item(own, tuple(texts), right)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole videos: action segmentation, action step localization
+
+
+def windows(item: Item, stride: int) -> list[Item]:
+    """Cut a video into windows of 32 s, one every `stride` s; the last one reaches its end.
+
+    >>> item = Item(Clip("v", ""), truth=np.zeros(50))
+    >>> [(int(w.clip.start), int(w.clip.end)) for w in windows(item, 16)]
+    [(0, 32), (16, 48), (32, 50)]
+    """
+    n = len(item.truth)
+    count = 1 + max(0, math.ceil((n - WINDOW) / stride))
+    cut = [(i * stride, min(n, i * stride + WINDOW)) for i in range(count)]
+    return [
+        Item(replace(item.clip, start=float(a), end=float(b)), item.texts, truth=item.truth[a:b])
+        for a, b in cut
+    ]
+
+
+def seconds_of(start: float, end: float, n: int) -> slice:
+    """Return the rows that a segment covers: floor(start) up to ceil(end), as CrossTask does."""
+    return slice(min(n, math.floor(start)), min(n, math.ceil(min(end, n))))
+
+
+def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride: int, rng) -> None:
+    """Fill action segmentation from COIN's segments (sec. 4.2)."""
+    if not labels:  # class 0 is the background; COIN's ids in numeric order, its own strings
+        ids = {c.key or c.text for clips in found["training"].values() for c in clips}
+        labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if k.isdigit() else (1, 0, k))]
+    index = {label: i for i, label in enumerate(labels)}
+    words = {c.key or c.text: c.text for split in found.values() for v in split.values() for c in v}
+    task.labels = labels
+    task.names = ["background", *(words.get(label, label) for label in labels[1:])]
+    unseen: set[str] = set()
+
+    def label(video: str, clips: list[Clip]) -> Item:
+        n = len(task.features.open(video))
+        truth = np.zeros(n, dtype=np.int64)
+        for c in clips:
+            key = c.key or c.text
+            # a label that no training video shows cannot be predicted: a class of its own, K
+            truth[seconds_of(c.start, c.end, n)] = index.get(key, len(labels))
+            if key not in index:
+                unseen.add(key)
+        return Item(Clip(video, "", 0.0, float(n)), truth=truth)
+
+    splits = {}
+    for split, videos in found.items():
+        there = [Clip(video, "") for video in videos]
+        splits[split] = [c.video for c in usable(task, f"{split} videos", there)]
+        usable(task, f"{split} segments", (c for v in splits[split] for c in videos[v]))
+    kept, held = hold_out(splits["training"], held_out, rng)
+    whole = {v: label(v, found["training"][v]) for v in splits["training"]}
+    task.train = [[w] for v in kept for w in windows(whole[v], stride)]
+    task.val = [whole[v] for v in held]
+    task.test = [label(v, found["testing"][v]) for v in splits["testing"]]
+    if unseen:
+        task.said.append(
+            f"{len(unseen)} labels are unknown to the model's {len(labels)}, first "
+            f"{sorted(unseen)[0]}: their seconds count as wrong"
+        )
+
+
+def _localization(
+    task: Task, found: dict, held_out: float, stride: int, train_videos: int, rng
+) -> None:
+    """Fill action step localization from CrossTask (sec. 4.3): train without, test with val's."""
+
+    def open_videos(split: str) -> dict[str, list[Item]]:
+        """Return {task: its annotated primary videos}."""
+        primary = [(t, v) for t, v in found[split] if t in set(found["primary"])]
+        annotated = [(t, v) for t, v in primary if found["steps"].get((t, v))]
+        if len(annotated) < len(primary):
+            n = len(primary) - len(annotated)
+            task.said.append(f"{split} videos: {n} of {len(primary)} have no annotated step")
+        videos = usable(task, f"{split} videos", (Clip(v, t, key=t) for t, v in annotated))
+        out: dict[str, list[Item]] = {}
+        late = 0
+        for clip in videos:
+            texts, n = tuple(found["tasks"][clip.key]), len(task.features.open(clip.video))
+            truth = np.zeros((n, len(texts)), dtype=bool)
+            for step, start, end in found["steps"][clip.key, clip.video]:
+                truth[seconds_of(start, end, n), step] = True
+                late += start >= n
+            if truth.any():
+                item = Item(replace(clip, end=float(n)), texts, truth=truth)
+                out.setdefault(clip.key, []).append(item)
+        if late:
+            task.said.append(f"{split} videos: {late} steps begin after the last feature row")
+        return out
+
+    train, test = open_videos("training"), open_videos("validation")
+    chosen = [
+        items[i]
+        for items in train.values()
+        for i in sorted(rng.permutation(len(items))[:train_videos])
+    ]
+    kept, task.val = hold_out(chosen, held_out, rng)
+    task.train = [[w] for item in kept for w in windows(item, stride)]
+    task.test = [item for items in test.values() for item in items]

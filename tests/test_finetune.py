@@ -1,0 +1,355 @@
+"""Fine-tuning: the five losses against loops, epochs, the best one, ranks, resuming, bad input."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune
+import train
+from benchmarks import DataError
+from data import open_features
+from eval import Options, evaluate
+from finetune import LOSS, TuneConfig, collate, contrast, count, draw_items, main, quality
+from tasks import DATASETS, open_task
+from tests.two_ranks import gradients
+from train import Ranks, TrainConfig
+from vlm import load_run, read_tensors
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def pre_trained(small_toy, tmp_path_factory) -> Path:
+    """A tiny run to start from: one step of pre-training."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    sizes = dict(width=32, layers=1, batch=8, steps=1)
+    train.main(TrainConfig(data=str(small_toy), out=str(out), **sizes))
+    return out
+
+
+def config(small_toy, pre_trained, out, task: str, **settings) -> TuneConfig:
+    """Two epochs of the miniature world."""
+    settings = dict(epochs=2, batch=8, held_out=0.2, init=str(pre_trained)) | settings
+    return TuneConfig(data=str(small_toy), out=str(out), task=task, **settings)
+
+
+def rows(run: Path) -> list[dict]:
+    """Read a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+# ---- the losses
+
+
+def test_contrast_equals_a_loop_over_the_batch():
+    """-log softmax of each row's own score among all keys, in float64 by hand."""
+    q, k = (torch.randn(5, 7, dtype=torch.double) for _ in range(2))
+    slow = 0.0
+    for i in range(5):
+        scores = [float(q[i] @ k[j]) for j in range(5)]
+        slow -= scores[i] - math.log(sum(map(math.exp, scores)))
+    found = contrast(q, k, lambda x: x)
+    assert float(found.value()) == pytest.approx(slow / 5, rel=1e-5)
+    assert found.chance() == pytest.approx(math.log(5)) and int(found.text_count) == 5
+
+
+def by_loop(model, batch, name: str) -> tuple[float, int]:
+    """Each task's loss as its section says, one pair, second or word at a time: (sum, count)."""
+    B = len(batch.video)
+    states = [model.encode_video(batch.video[i : i + 1, : int(v.sum())],
+                                 v[None, : int(v.sum())])[0]
+              for i, v in enumerate(batch.video_valid)]  # fmt: skip
+    texts = [model.encode_text(t[None, : int(v.sum())], v[None, : int(v.sum())])[0].mean(0)
+             for t, v in zip(batch.text, batch.text_valid, strict=True)]  # fmt: skip
+    videos, total, n = [h.mean(0) for h in states], 0.0, 0
+    if name in ("retrieval", "qa"):
+        for i in range(B):
+            ask, among = (texts[i], videos) if name == "retrieval" else (videos[i], texts)
+            scores = torch.stack([ask @ x for x in among])
+            total, n = total - scores.log_softmax(0)[i], n + 1
+    for i in range(B if batch.label is not None else 0):
+        for v in range(int(batch.video_valid[i].sum())):
+            if name == "segmentation":
+                logits = model.classifier(states[i][v])
+                total, n = total - logits.log_softmax(0)[batch.label[i, v]], n + 1
+                continue
+            for s, shown in enumerate(batch.label[i, v].tolist()):
+                if shown >= 0:
+                    p = torch.sigmoid(states[i][v] @ texts[s])
+                    total, n = total - torch.log(p if shown else 1 - p), n + 1
+    return total, n
+
+
+@pytest.mark.parametrize("name", ["retrieval", "qa", "segmentation", "localization"])
+def test_losses_equal_slow_loops(small_toy, pre_trained, name):
+    """Value, count and gradients in float64; catches a pool that counts padding, labels that slip
+    by a second, steps of another video's task, a query that is taken for a key."""
+    task = open_task(name, small_toy, open_features(small_toy))
+    cfg = train.settle(config(small_toy, pre_trained, "x", name), set(), {"dropout": 0.0}, {})
+    model, tokenizer = finetune.start_model(cfg, task, print)
+    model = model.double().train()
+    items = [group[0] for group in task.train[:: max(1, len(task.train) // 7)]][:7]
+    batch = collate(task, items, tokenizer, model.config)
+    batch.video = batch.video.double()
+    found = LOSS[name](model, batch, lambda x: x)
+    slow, n = by_loop(model, batch, name)
+    assert (int(found.video_count), int(found.text_count)) == count(batch, name)
+    assert n == sum(count(batch, name))
+    # contrast and binary cross-entropy are summed in fp32, whatever comes in
+    assert found.value().item() == pytest.approx(slow.item() / n, rel=1e-5)
+    params = [p for p in model.parameters() if p.requires_grad]
+    a = torch.autograd.grad(found.value(), params, retain_graph=True, allow_unused=True)
+    b = torch.autograd.grad(slow / n, params, allow_unused=True)
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or torch.allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_of_another_videos_task_are_not_asked(small_toy, pre_trained):
+    """Two tasks in a batch: every window has labels for its own task's steps alone."""
+    task = open_task("localization", small_toy, open_features(small_toy))
+    model, tokenizer = load_run(pre_trained)
+    by_task = {group[0].clip.key: group[0] for group in task.train}
+    items = list(by_task.values())
+    batch = collate(task, items, tokenizer, model.config)
+    S = [len(item.texts) for item in items]
+    assert len(batch.text) == sum(S) and len(items) == 2
+    for i, item in enumerate(items):
+        n, own = len(item.truth), slice(sum(S[:i]), sum(S[: i + 1]))
+        assert (batch.label[i, :n, own].numpy() == item.truth).all()
+        assert (batch.label[i, n:] == -1).all()
+        assert (batch.label[i] >= 0).sum() == item.truth.size
+
+
+# ---- epochs
+
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (7, 7), (5, 60), (12, 4)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_epoch_draws_every_group_once_whoever_computes(n, batch, parts):
+    """No group is left out or comes twice, and two parts are the halves of the one."""
+    groups = [[(k, i) for i in range(3)] for k in range(n)]
+    steps = math.ceil(n / batch)
+    seen = []
+    for step in range(steps):
+        drawn = draw_items(groups, step, batch, parts, seed=0)
+        whole = draw_items(groups, step, batch, 1, seed=0)[0]
+        assert len(drawn) == parts and sum(drawn, []) == whole and len(whole) <= batch
+        seen += [k for k, _ in whole]
+    assert sorted(seen) == list(range(n))
+    other = [x for s in range(steps) for x in draw_items(groups, steps + s, batch, 1, seed=0)[0]]
+    assert sorted(k for k, _ in other) == list(range(n))  # the second epoch: other order, choices
+    assert other != [x for s in range(steps) for x in draw_items(groups, s, batch, 1, seed=0)[0]]
+    assert {i for _, i in other} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("task", list(DATASETS))
+def test_every_task_runs_from_end_to_end(small_toy, pre_trained, tmp_path, capsys, task):
+    """A run directory that opens, a best epoch that is the log's best, the table of eval.py."""
+    cfg = config(small_toy, pre_trained, tmp_path / "run", task, json=str(tmp_path / "s.json"))
+    summary = main(cfg)
+    said, log = capsys.readouterr().out, rows(tmp_path / "run")
+    assert (
+        log[-1] == json.loads((tmp_path / "s.json").read_text()) == json.loads(json.dumps(summary))
+    )
+    checked = {row["step"]: row["validation"] for row in log if "validation" in row}
+    assert len(checked) == 2 and checked[summary["best_step"]] == summary["held_out"]
+    assert summary["held_out"] == max(checked.values())
+    assert "chance" in said and f"fine-tuned for {task}" in said
+    model, tokenizer = load_run(tmp_path / "run")
+    assert (model.config.stage, model.config.task) == ("fine-tuned", task)
+    again = open_task(task, small_toy, open_features(small_toy), labels=model.config.labels)
+    report = evaluate(model, tokenizer, again, Options())
+    assert report.to_json()["model"] == summary["model"]
+    start, tuned = read_tensors(pre_trained / "model.safetensors"), model.state_dict()
+    moved = {k for k in start if not torch.equal(start[k], tuned[k])}
+    assert "videomlp.linear1.weight" in moved
+    assert ("cls.predictions.bias" in moved) == (task == "captioning")
+    assert ("classifier.weight" in tuned) == (task == "segmentation")
+
+
+def test_the_best_epoch_is_kept_not_the_last(small_toy, pre_trained, tmp_path, monkeypatch):
+    """Validation says 0.2, 0.9, 0.9, 0.1: the weights left behind are those after three epochs."""
+    values, saved = iter([0.2, 0.9, 0.9, 0.1]), []
+    monkeypatch.setattr(finetune, "quality", lambda *a: ("accuracy", next(values)))
+    cfg = config(small_toy, pre_trained, tmp_path / "run", "qa", epochs=4)
+    save = finetune.save_run
+
+    def spy(out, model, tokenizer):
+        saved.append({k: x.clone() for k, x in model.state_dict().items()})
+        save(out, model, tokenizer)
+
+    monkeypatch.setattr(finetune, "save_run", spy)
+    summary = main(cfg)
+    steps = [r["step"] for r in rows(tmp_path / "run") if "validation" in r]
+    assert len(saved) == 3 and summary["best_step"] == steps[2]
+    left = read_tensors(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(left[k], saved[2][k]) for k in left)
+    last = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["model"]
+    assert any(not torch.equal(left[k], last[k]) for k in left)
+
+
+def test_without_held_out_videos_the_last_weights_are_kept(small_toy, pre_trained, tmp_path):
+    summary = main(config(small_toy, pre_trained, tmp_path / "run", "qa", held_out=0.0))
+    left = read_tensors(tmp_path / "run" / "model.safetensors")
+    last = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["model"]
+    assert all(torch.equal(left[k], last[k]) for k in left) and summary["held_out"] is None
+
+
+def test_epochs_are_compared_by_the_tasks_metric():
+    assert quality("retrieval", {"R@1": 0.1, "R@5": 0.2, "R@10": 0.6, "median rank": 9})[1] == (
+        pytest.approx(0.3)
+    )
+    assert quality("captioning", {"BLEU-4": 0.5, "CIDEr": 2})[1] == 0.5
+    assert quality("localization", {"recall": 0.25}) == ("recall", 0.25)
+
+
+# ---- ranks, and going on
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "localization"])
+def test_two_processes_have_the_gradients_of_one(small_toy, pre_trained, tmp_path, task):
+    """Catches negatives that stay on their rank, a gather without gradients, a mean of means."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    where = f"{small_toy}:{pre_trained}"
+    args = ["-m", "tests.two_ranks", where, task, str(tmp_path / "two.pt")]
+    subprocess.run([*torchrun, *args], cwd=REPO, check=True, capture_output=True)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one, total = gradients(where, task, Ranks())
+    assert two["grads"].keys() == one.keys()
+    for name, grad in one.items():  # contrast is summed in fp32
+        assert (grad - two["grads"][name]).abs().max() < 2e-6 * max(1, grad.abs().max()), name
+    assert two["loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
+    small_toy, pre_trained, tmp_path, monkeypatch
+):
+    """Bit for bit, and the best epoch before the kill is still known after it."""
+    settings = dict(epochs=4, save_every=2, log_every=1)
+    main(config(small_toy, pre_trained, tmp_path / "whole", "captioning", **settings))
+    draw = finetune.draw_items
+
+    class Killed(Exception):
+        pass
+
+    def die(train, step, *args):
+        if step == 8:
+            raise Killed
+        return draw(train, step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(finetune, "draw_items", die)
+        main(config(small_toy, pre_trained, tmp_path / "cut", "captioning", **settings))
+    step = torch.load(tmp_path / "cut" / "trainer.pt", weights_only=True)["step"]
+    assert 0 < step <= 8
+    main(TuneConfig(task="captioning", out=str(tmp_path / "cut"), resume=True), {"out", "resume"})
+    a, b = (torch.load(tmp_path / n / "trainer.pt", weights_only=True)["model"]
+            for n in ("whole", "cut"))  # fmt: skip
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    keys = ("step", "loss", "validation", "best_step", "model")
+    one, two = ([[r.get(k) for k in keys] for r in rows(tmp_path / n)] for n in ("whole", "cut"))
+    assert one == two
+    left = [read_tensors(tmp_path / n / "model.safetensors") for n in ("whole", "cut")]
+    assert all(torch.equal(left[0][k], left[1][k]) for k in left[0])
+
+
+# ---- where it starts
+
+
+def test_features_of_another_width_get_a_new_video_mlp(small_toy, pre_trained, tmp_path, capsys):
+    """A run that read 64 columns is taken over to features of 5, its BERT as it was."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    for path in (world / "features").glob("*.npy"):
+        train.np.save(path, train.np.load(path)[:, :5])
+    main(config(world, pre_trained, tmp_path / "run", "qa"))
+    assert "features are 5 wide, the run" in capsys.readouterr().out
+    assert load_run(tmp_path / "run")[0].config.video_dim == 5
+
+
+def test_another_task_replaces_the_classifier(small_toy, pre_trained, tmp_path):
+    """From a segmentation run on: qa keeps none of it, other labels start a new one."""
+    first = tmp_path / "seg"
+    main(config(small_toy, pre_trained, first, "segmentation"))
+    main(config(small_toy, first, tmp_path / "qa", "qa"))
+    model, _ = load_run(tmp_path / "qa")
+    assert model.config.num_labels == 0 and model.classifier is None
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    path = world / "coin" / "COIN.json"
+    path.write_text(path.read_text().replace('"id": "3"', '"id": "333"'))
+    main(config(world, first, tmp_path / "other", "segmentation"))
+    assert "333" in load_run(tmp_path / "other")[0].config.labels
+
+
+BAD = {
+    "retrieval": "error: no run under runs/ pre-trained on toy: torchrun train.py makes one",
+    "retrieval --data {toy}": "error: no run under runs/ pre-trained on .*toy: torchrun",
+    "qa --init {run} --data {toy} --dataset youcook2": "error: --dataset youcook2: qa is",
+    "qa --init {run} --data {toy} --held-out 1": r"error: --held-out is 1.0, wanted 0 or more",
+    "segmentation --init {run} --data {toy} --stride 40": r"error: --stride is 40, wanted at most",
+    "segmentation --init {run} --data {toy} --stride 0": r"error: --stride is 0, wanted more than",
+    "qa --init {run} --data nowhere": r"error: nowhere: no features/ folder",
+    "qa --init nowhere --data {toy}": r"error: nowhere: no run here",
+    "captioning --data {toy} --resume --out {run}": "error: .* is a pre-training run",
+    "qa --init {run} --data {toy} --batch 6 --accumulate 4": "error: --batch 6 is not",
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_commands_say_what_would_do_in_one_line(
+    small_toy, pre_trained, tmp_path, monkeypatch, capsys, args
+):
+    """Value seen, value wanted; exit code 2; no traceback; nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    if "{toy}" not in args:
+        shutil.copytree(small_toy, "toy")
+    words = args.format(toy=small_toy, run=pre_trained).split()
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        finetune.run(finetune.cli)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert re.match(BAD[args], err), err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_is_resumed_as_what_it_is(small_toy, pre_trained, tmp_path):
+    """A fine-tuned run goes on neither as pre-training nor as another task."""
+    main(config(small_toy, pre_trained, tmp_path / "run", "qa"))
+    again = dict(out=str(tmp_path / "run"), resume=True)
+    with pytest.raises(ValueError, match="was fine-tuned for qa: resume it as that"):
+        main(TuneConfig(task="captioning", **again), {"out", "resume"})
+    with pytest.raises(ValueError, match="was fine-tuned for qa: resume it as that"):
+        train.main(TrainConfig(**again), {"out", "resume"})
+
+
+def test_too_few_items_are_an_error(small_toy, pre_trained, tmp_path):
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    path = world / "msrvtt" / "MSRVTT_train.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:2]))
+    with pytest.raises(ValueError, match="1 items to train on, wanted at least one for each of 1"):
+        main(config(world, pre_trained, tmp_path / "run", "qa", accumulate=2))
+    path.write_text("video_id\nvideo9999\n")
+    with pytest.raises((DataError, ValueError), match="0 items to train on"):
+        main(config(world, pre_trained, tmp_path / "run", "qa"))
+
+
+@pytest.mark.slow
+def test_a_real_bert_is_fine_tuned_on_real_data_by_two_ranks(shared, tmp_path):
+    """Real features and weights, two gloo ranks, half an epoch: above chance is not asked."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    args = ["segmentation", "--data", shared / "salads", "--bert", shared / "weights/bert_tiny"]
+    done = subprocess.run([*torchrun, REPO / "finetune.py", *args, "--steps", "12"],
+                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "segmentation on coin, 10 items" in done.stdout and "background only" in done.stdout
+    log = rows(tmp_path / "runs" / "salads-segmentation")
+    assert log[-1]["final"] and dataclasses.asdict(TuneConfig())["task"] == "retrieval"
