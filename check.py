@@ -189,24 +189,28 @@ def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, l
     return wanted
 
 
-def pack(data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float) -> None:
+def pack(
+    data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float, features: str | None = None
+) -> None:
     """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is."""
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; give --out a new folder")
     out.mkdir(parents=True, exist_ok=True)
     folders = sorted(p for p in data.glob("features*") if p.is_dir())
-    if not folders:
+    sources = {folder.name: folder for folder in folders}
+    sources = {"features": Path(features)} if features else sources
+    if not sources:
         raise DataError(f"{data}: no features/ folder to pack")
-    for folder in folders:
+    for name, folder in sources.items():
         store, shard, size, n = FeatureStore(folder), {}, 0, 0
-        (out / folder.name).mkdir()
+        (out / name).mkdir()
         for i, video in enumerate(sorted(store.place)):
             x = np.array(store.open(video)[:])
             shard[video], size = x, size + x.nbytes
             if size >= shard_mb * 1e6 or i == len(store) - 1:
-                save_file(shard, out / folder.name / f"shard-{n:05d}.safetensors")
+                save_file(shard, out / name / f"shard-{n:05d}.safetensors")
                 shard, size, n = {}, 0, n + 1
-        print(f"{folder.name}: {len(store)} videos in {n} shards")
+        print(f"{name}: {len(store)} videos in {n} shards")
     raw = data / "raw_caption.json"
     if raw.exists() and tokenizer is None and (data / "tokenizer.json").exists():
         tokenizer = load_tokenizer(data)

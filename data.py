@@ -4,7 +4,7 @@
     python data.py toy DIR               writes the toy world (toy.py) in the benchmarks' own files
     python data.py pack DATA --out DIR   the same corpus as shards and flat caption arrays
 
-    DATA/features*/<video_id>.npy   (seconds, E) float16 or float32, one row a second, or shards
+    DATA/features*/<video_id>.npy   (seconds, E) float16 or float32, one row a second (features.py)
     DATA/raw_caption.json           {video_id: {"start": [s..], "end": [s..], "text": [str..]}}
     DATA/train.lst, val.lst         a video id a line
     DATA/msrvtt, youcook2, coin, crosstask: the benchmarks' own files, read below
@@ -18,15 +18,13 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -40,128 +38,9 @@ from benchmarks import (
     read_text,
     stop,
 )
+from features import FeatureStore, open_features  # noqa: F401 (their usual address)
 from toy import write_toy
 from vlm import Batch, VLMConfig, load_tokenizer, run
-
-# ---------------------------------------------------------------------------------------------
-# Features: one row a second, memory-mapped; only the index is in memory
-
-
-class FeatureStore:
-    """Frozen video features by video id, from folders of .npy files or of safetensors shards.
-
-    Raises DataError when a folder is missing or empty, when an id stands in two of them, and on
-    reading a file that is cut short, is not (seconds, E) float16/float32 or holds NaN or infinity.
-    """
-
-    def __init__(self, *folders: str | Path):
-        self.files: list[Path] = []  # one entry a .npy folder or a shard
-        self.place: dict[str, int] = {}  # video id -> which of them
-        self.shards: dict[int, safe_open] = {}
-        for folder in map(Path, folders):
-            if not folder.is_dir():
-                raise DataError(f"{folder}: no such folder of features (.npy files or shards)")
-            names = sorted(entry.name for entry in os.scandir(folder))
-            arrays = [name[:-4] for name in names if name.endswith(".npy")]
-            shards = [folder / name for name in names if name.endswith(".safetensors")]
-            if not arrays and not shards:
-                raise DataError(f"{folder}: empty; wanted <video_id>.npy files or *.safetensors")
-            if arrays:
-                self._index(folder, arrays)
-            for shard in shards:
-                self._index(shard, self._shard(len(self.files), shard).keys())
-        self.width = self._peek()
-
-    def _index(self, file: Path, ids: Iterable[str]) -> None:
-        for video in ids:
-            if video in self.place:
-                raise DataError(f"{file}: {video} is also in {self.files[self.place[video]]}")
-            self.place[video] = len(self.files)
-        self.files.append(file)
-
-    def _shard(self, i: int, file: Path):
-        if i not in self.shards:
-            try:
-                self.shards[i] = safe_open(file, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"{file}: not a readable safetensors shard ({error})") from None
-        return self.shards[i]
-
-    def _peek(self) -> int:
-        video = next(iter(self.place))
-        return self.open(video).shape[1]
-
-    def __contains__(self, video: str) -> bool:
-        return video in self.place
-
-    def __len__(self) -> int:
-        return len(self.place)
-
-    def open(self, video: str) -> np.ndarray:
-        """Return one video's features (seconds, E), memory-mapped where the file allows it."""
-        i = self.place[video]
-        file = self.files[i]
-        if file.suffix == ".safetensors":
-            x = self._shard(i, file).get_slice(video)
-            shape, dtype = (
-                tuple(x.get_shape()),
-                {"F16": "float16", "F32": "float32"}.get(x.get_dtype()),
-            )
-        else:
-            file = file / f"{video}.npy"
-            try:
-                x = np.load(file, mmap_mode="r", allow_pickle=False)
-                shape, dtype = x.shape, str(x.dtype)
-            except (ValueError, OSError, EOFError, AttributeError) as error:
-                raise DataError(f"{file}: not a whole .npy array ({error})") from None
-        width = getattr(self, "width", shape[1] if len(shape) == 2 else 0)
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or width < 1:
-            raise DataError(
-                f"{file}: {video} has features {shape}, wanted (seconds, {width or 'E'}) "
-                "with at least one second: extract it again"
-            )
-        if dtype not in ("float16", "float32"):
-            raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
-        return x if isinstance(x, np.ndarray) else _Slice(x, shape)
-
-    def rows(self, video: str, index: np.ndarray) -> np.ndarray:
-        """Read seconds `index` (n,) of one video: (n, E) float32, all finite."""
-        x = self.open(video)
-        low = int(index.min()) if len(index) else 0
-        high = int(index.max()) + 1 if len(index) else 0
-        rows = np.asarray(x[low:high])[index - low].astype(np.float32)
-        if not np.isfinite(rows).all():
-            second = int(index[~np.isfinite(rows).all(1)][0])
-            raise DataError(
-                f"{video}: features hold NaN or infinity at second {second}: extract it again"
-            )
-        return rows
-
-
-class _Slice:
-    """A shard's tensor, read row by row on demand."""
-
-    def __init__(self, lazy, shape: tuple[int, int]):
-        self.lazy, self.shape = lazy, shape
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key) -> np.ndarray:
-        return self.lazy[key]
-
-
-def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:
-    """Open `--features DIR`, or every features* folder of DATA as one store."""
-    if features is not None:
-        return FeatureStore(features)
-    folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
-    if not folders:
-        raise DataError(
-            f"{data}: no features/ folder: put <video_id>.npy there or pass --features DIR"
-        )
-    return FeatureStore(*folders)
-
 
 # ---------------------------------------------------------------------------------------------
 # Captions: de-duplicated, tokenised once, flat arrays
@@ -640,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
         help="print counts, missing features, bad rows; exit code 1 if any",
     )
     a.add_argument("data", type=Path, help="the folder, laid out as at the top of data.py")
-    a.add_argument("--features", help="features elsewhere (a folder of .npy or of shards)")
+    a.add_argument("--features", help="features elsewhere: a folder, or a .pickle of arrays")
     a.add_argument(
         "--bert", help="count word pieces with this vocabulary (default: DATA's own, or words)"
     )
@@ -655,6 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     a.add_argument("data", type=Path, help="the folder to pack")
     a.add_argument("--out", type=Path, required=True, help="a new folder, to be given as --data")
+    a.add_argument("--features", help="features elsewhere: a folder, or a .pickle of arrays")
     a.add_argument("--bert", help="vocabulary to tokenise the captions with (default: DATA's own)")
     a.add_argument(
         "--shard-mb", type=float, default=1000, help="size of a shard in MB (default 1000)"
@@ -668,7 +548,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tokenizer = load_tokenizer(args.bert) if args.bert else None
     if args.command == "pack":
-        pack(args.data, args.out, tokenizer, args.shard_mb)
+        pack(args.data, args.out, tokenizer, args.shard_mb, args.features)
         return 0
     return 1 if check(args.data, args.features, tokenizer, not args.headers) else 0
 

@@ -2,6 +2,7 @@
 
     python eval.py retrieval --run RUN --data DATA      one of the five tasks, fine-tuned or not
     python eval.py captions --references R.json --hypotheses H.json        captions from files
+    python eval.py search --run RUN --features FEATURES "pour the sauce"   one's own videos
     python eval.py heads|space|curves --run RUN --plot FILE.png            pictures (matplotlib)
 
 Retrieval, qa and localization need no fine-tuning; segmentation needs its classifier, and captions
@@ -680,9 +681,44 @@ def picture_command(name: str, args: argparse.Namespace) -> int:
     return 0
 
 
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the search's flags."""
+    parser.add_argument("query", help='what to look for, in words: "pour the sauce over it"')
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--features", required=True, metavar="DIR|FILE", help="features to search")
+    parser.add_argument("--within", metavar="VIDEO", help="rank the windows of this video alone")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows to print (10)")
+    parser.add_argument("--stride", type=int, metavar="N", help="seconds between windows (16)")
+    parser.add_argument("--json", metavar="FILE", help="write all rows, ranked, as JSON")
+
+
+def search_command(args: argparse.Namespace) -> int:
+    """Rank one's own videos, or the windows of one of them, by a sentence."""
+    from search import best_of_each, search  # it reads what this file defines
+
+    if args.top < 1:
+        raise ValueError(f"--top is {args.top}, wanted at least 1")
+    model, tokenizer = load_run(args.run)
+    features = fitting_features(args, model)
+    videos = None if args.within is None else [args.within]
+    found = search(model, tokenizer, features, args.query, videos, args.stride)
+    rows = found if args.within is not None else best_of_each(found)
+    what = (
+        f"windows of {args.within}" if args.within is not None else "videos, by their best window"
+    )
+    print(f"{len(rows)} {what}")
+    wide = max(len(m.video) for m in rows[: args.top])
+    for n, m in enumerate(rows[: args.top], 1):
+        print(f"{n:>4}  {m.video:{wide}}  {m.when}  {m.score:8.3f}")
+    if args.json:
+        table = [dataclasses.asdict(m) | {"when": m.when} for m in rows]
+        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
+    return 0
+
+
 def fitting_features(args: argparse.Namespace, model: VLM) -> FeatureStore:
     """Open the features and check that the model reads such."""
-    features = open_features(args.data, args.features)
+    features = open_features(getattr(args, "data", "."), args.features)
     if features.width != model.config.video_dim:
         raise ValueError(
             f"features are {features.width} wide, the run {args.run} reads "
@@ -705,9 +741,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, about in PICTURES.items():
         a = commands.add_parser(name, allow_abbrev=False, help=about)
         add_picture_arguments(a, name)
+    a = commands.add_parser("search", allow_abbrev=False, help="Find moments by a sentence.")
+    add_search_arguments(a)
     args = parser.parse_args(argv)
     if args.command == "captions":
         return captions.command(args)
+    if args.command == "search":
+        return search_command(args)
     if args.command in PICTURES:
         return picture_command(args.command, args)
     return task_command(args.command, args)

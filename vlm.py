@@ -4,10 +4,11 @@
     token     [CLS]   v1 .. v32     [SEP]    t1 .. tn  [SEP] [PAD] ..       Eq. 2
     segment    0      0              0       1 ..
 
-Read from top to bottom: sizes, attention masks (Figure 3), the encoder, Eq. 9, the whole model
-with both pre-training losses, weights in and out.
+Read from top to bottom: a batch, attention masks (Figure 3), what VLM adds to BERT (bert.py),
+Eq. 9, and the whole model: encoding, captions, both pre-training losses. Files: weights.py.
 
     python vlm.py masks                 draws the six attention masks in the terminal (instantly)
+    python vlm.py convert CHECKPOINT --bert BERT --out RUN      the authors' release as a run
 
 Letters are sizes: `B` clips, `V` video tokens (one a second), `T` text tokens (word pieces and
 their [SEP]), `L = 1+V+1+T` the whole sequence, `D` width, `H` heads, `E` width of the frozen video
@@ -18,7 +19,6 @@ must be predicted; `attend (B, L, L)`: the row may look at the column.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -29,107 +29,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bert import Bert, Layer, VLMConfig, pad
+from weights import (
+    LoadReport,
+    load_bert,
+    load_mmpt,
+    load_tokenizer,
+    mmpt_config,
+    read_tensors,
+    save_run,
+    write_aside,
+)
+
+__all__ = [  # other files' and scripts' one address for the model
+    "VLM", "Batch", "LoadReport", "LossSums", "VLMConfig", "attention_mask", "load_bert",
+    "load_mmpt", "load_run", "load_tokenizer", "read_tensors", "run", "save_run", "write_aside",
+]  # fmt: skip
+
 # ---------------------------------------------------------------------------------------------
-# Sizes
-
-
-@dataclass
-class VLMConfig:
-    """Sizes under Hugging Face's BERT names; the defaults are BERT-base uncased (sec. 5.2).
-
-    Raises ValueError for sizes that cannot be built, naming the value and what would do.
-    """
-
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
-    unk_token_id: int = 100
-    cls_token_id: int = 101
-    sep_token_id: int = 102
-    mask_token_id: int = 103
-    # what VLM adds to BERT
-    video_dim: int = 512  # E: 512 for S3D
-    max_video_len: int = 32  # seconds
-    max_len: int = 96  # L at most: [CLS], 32 seconds, [SEP], 61 word pieces, [SEP]
-    num_labels: int = 0  # K: action segmentation; 0 builds no classifier
-    labels: list = dataclasses.field(default_factory=list)  # their ids; 0 is the background
-    # what these weights are: "untrained", "pre-trained" or "fine-tuned", on which task and data
-    stage: str = "untrained"
-    task: str = ""
-    data: str = ""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            if not fits or isinstance(value, bool):
-                raise ValueError(f"config: {field.name} is {value!r}, wanted {kind.__name__}")
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config: hidden_size {self.hidden_size} is not divisible by "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if not self.max_video_len + 4 <= self.max_len <= self.max_position_embeddings:
-            raise ValueError(
-                f"config: max_len is {self.max_len}, wanted {self.max_video_len + 4} (max_video_len"
-                f" and 4) up to max_position_embeddings {self.max_position_embeddings}"
-            )
-        for name in ("pad", "unk", "cls", "sep", "mask"):
-            token = getattr(self, f"{name}_token_id")
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"config: {name}_token_id is {token}, wanted 0..{self.vocab_size - 1}"
-                )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
-        if self.num_labels < 0:
-            raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
-        if self.labels and len(self.labels) != self.num_labels:
-            raise ValueError(f"config: {len(self.labels)} labels, but num_labels {self.num_labels}")
-        if self.type_vocab_size < 2:
-            raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
-
-    @property
-    def max_text_len(self) -> int:
-        """T at most, the text's [SEP] included: 62 at the paper's sizes."""
-        return self.max_len - self.max_video_len - 2
-
-    @classmethod
-    def from_json(cls, path: str | Path, **changes) -> "VLMConfig":
-        """Read a config.json, of a run or of a Hugging Face BERT, its unknown keys left aside."""
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-        if not isinstance(saved, dict):
-            raise ValueError(f"{path}: holds a {type(saved).__name__}, wanted an object of sizes")
-        for key, wanted in {"hidden_act": "gelu", "position_embedding_type": "absolute"}.items():
-            if saved.get(key, wanted) != wanted:
-                raise ValueError(f"{path}: {key} is {saved[key]!r}; this BERT has {wanted!r} only")
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**({k: v for k, v in saved.items() if k in known} | changes))
+# A batch
 
 
 @dataclass
@@ -209,106 +131,7 @@ def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor
 
 
 # ---------------------------------------------------------------------------------------------
-# BERT (post-LayerNorm, erf GELU), its parts named as in Hugging Face's files
-
-
-def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
-    """Lay packed real tokens x (N, D) out in a padded (B, L, D), zeros elsewhere."""
-    D = x.shape[1]
-    return x.new_zeros(B * L, D).index_copy(0, rows, x).view(B, L, D)
-
-
-class Layer(nn.Module):
-    """One transformer layer over packed tokens."""
-
-    def __init__(self, c: VLMConfig):
-        super().__init__()
-        D, eps = c.hidden_size, c.layer_norm_eps
-        names = ("query", "key", "value")
-        self.attention = nn.ModuleDict(
-            {
-                "self": nn.ModuleDict({name: nn.Linear(D, D) for name in names}),
-                "output": nn.ModuleDict(
-                    {"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)}
-                ),
-            }
-        )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, c.intermediate_size)})
-        self.output = nn.ModuleDict(
-            {"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)}
-        )
-        self.heads = c.num_attention_heads
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
-        self.attention_dropout = c.attention_probs_dropout_prob
-
-    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
-        """Queries, keys and values of packed tokens x (N, D), padded: (3, B, H, L, D/H)."""
-        # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
-        # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
-        three, D, H = self.attention["self"].values(), x.shape[1], self.heads
-        weight = torch.cat([linear.weight for linear in three])
-        x = F.linear(x, weight, torch.cat([linear.bias for linear in three]))  # (N, 3D)
-        return pad(x, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
-
-    def forward(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None = None) -> Tensor:
-        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
-
-        past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
-        covers too, or an empty list; those of x are added to it.
-        """
-        (B, L, _), D = attend.shape, x.shape[1]
-        q, k, v = self.qkv(x, rows, B, L)
-        if past is not None:
-            if past:
-                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
-            past[:] = k, v
-        p = self.attention_dropout if self.training else 0.0
-        a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
-        a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
-        out = self.attention["output"]
-        x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
-        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
-        return self.output["LayerNorm"](x + self.dropout(y))
-
-
-class Bert(nn.Module):
-    """BERT's embeddings and encoder (Eq. 3), without the pooler that VLM never uses."""
-
-    def __init__(self, c: VLMConfig):
-        super().__init__()
-        D = c.hidden_size
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(c.vocab_size, D),
-                "position_embeddings": nn.Embedding(c.max_position_embeddings, D),
-                "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
-                "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps),
-            }
-        )
-        layers = nn.ModuleList([Layer(c) for _ in range(c.num_hidden_layers)])
-        self.encoder = nn.ModuleDict({"layer": layers})
-        self.dropout = nn.Dropout(c.hidden_dropout_prob)
-
-    def forward(
-        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor,
-        past: list[list] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Encode token vectors.
-
-        Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
-                 real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
-                 keys and values of the P tokens read before, to which those of x are added.
-        Returns: h (B, L, D), zeros at padding, which is never computed.
-        """
-        B, L, D = x.shape
-        rows = real.flatten().nonzero()[:, 0]  # (N,): from here to the last line, real tokens only
-        e = self.embeddings
-        where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
-        x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
-        x = self.dropout(e["LayerNorm"](x))
-        for i, layer in enumerate(self.encoder["layer"]):
-            x = layer(x, rows, attend, None if past is None else past[i])
-        return pad(x, rows, B, L)
+# What VLM adds to BERT
 
 
 class VideoMLP(nn.Module):
@@ -762,158 +585,6 @@ class VLM(nn.Module):
         return LossSums(video_sum, counts[0], text_sum, counts[1], *chances, joint=loss == "vlm")
 
 
-# ---------------------------------------------------------------------------------------------
-# Weights in and out
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor: of the file (loaded, unused) and of the model (loaded, new)."""
-
-    loaded: list[str]
-    new: list[str]
-    unused: list[str]
-    found: int
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.loaded)} of {self.found} tensors loaded"]
-        for title, names in (("newly initialised", self.new), ("in the file, unused", self.unused)):
-            lines += [f"  {title}: {', '.join(names)}"] if names else []
-        return "\n".join(lines)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors or a PyTorch .bin/.pt of tensors alone; nothing in it is ever run."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
-    good = isinstance(tensors, dict) and all(
-        isinstance(k, str) and isinstance(x, Tensor) for k, x in tensors.items()
-    )
-    if not good:
-        raise ValueError(f"{path}: wanted a dict of tensors by name")
-    return tensors
-
-
-def weights_file(path: str | Path) -> Path:
-    """Find the weights in a Hugging Face directory, or take a file as it is."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).exists():
-            return path / name
-    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
-
-
-def load_bert(model: VLM, path: str | Path, say: Callable = print) -> LoadReport:
-    """Fill the encoder, and the prediction head if it is there, from an original BERT (sec. 5.2).
-
-    Args:    path: a Hugging Face directory or file, with or without the `bert.` prefix and the MLM
-             head, LayerNorms named gamma/beta or weight/bias.
-    Returns: the report, also handed to `say`: which tensors were loaded, are new, were not used.
-    Raises:  ValueError naming the tensor for a wrong shape or a missing encoder tensor.
-    """
-    file = weights_file(path)
-    found = read_tensors(file)
-    ours = model.state_dict()
-    renamed = {}
-    for name, tensor in found.items():
-        key = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        if not key.startswith(("bert.", "cls.")):
-            key = f"bert.{key}"
-        if key in renamed:
-            raise ValueError(f"{file}: {name} and {renamed[key][0]} are the same tensor twice")
-        renamed[key] = (name, tensor)
-    # The decoder repeats tensors of other names: where equal, it is loaded with those.
-    words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
-    tied = {"cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": bias}
-    if bias not in renamed and "cls.predictions.decoder.bias" in renamed:
-        renamed[bias] = renamed.pop("cls.predictions.decoder.bias")
-    loaded, unused, fits = [], [], {}
-    for key, (name, tensor) in renamed.items():
-        if key in ours and key.startswith(("bert.", "cls.")):
-            if tensor.shape != ours[key].shape:
-                raise ValueError(
-                    f"{file}: {name} is {tuple(tensor.shape)}, this model wants "
-                    f"{tuple(ours[key].shape)}: build it from the config.json beside the weights"
-                )
-            if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity")
-            fits[key] = tensor
-            loaded.append(name)
-        elif tied.get(key) in renamed and torch.equal(tensor, renamed[tied[key]][1]):
-            loaded.append(name)
-        else:
-            unused.append(name)
-    missing = [k for k in ours if k.startswith("bert.") and k not in fits]
-    if missing:
-        raise ValueError(f"{file}: {len(missing)} encoder tensors are missing, first {missing[0]}")
-    model.load_state_dict(fits, strict=False)  # strict above: every name is accounted for
-    new = [k for k, _ in model.named_parameters() if k not in fits]
-    report = LoadReport(loaded, new, unused, len(found))
-    say(f"BERT {file}: {report}")
-    return report
-
-
-def save_run(path: str | Path, model: VLM, tokenizer: Tokenizer) -> None:
-    """Write a run directory that Hugging Face's BERT classes read too.
-
-    Leaves model.safetensors, config.json and tokenizer.json, each moved into place when whole.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.asdict(model.config)
-    config |= {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu"}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_aside(
-        path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"})
-    )
-    write_aside(path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1) + "\n"))
-    write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it in, so that a reader never sees half of it."""
-    aside = path.with_name(path.name + ".partial")
-    write(aside)
-    with open(aside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.chmod(aside, 0o644)  # safetensors leaves a file that nobody else may read
-    os.replace(aside, path)
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json or an uncased vocab.txt, or a folder that holds one.
-
-    Text is never cut or padded by it, and "[SEP]" in somebody's caption is words to it.
-    """
-    path = Path(path)
-    names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
-    file = next((f for f in names if f.is_file()), None)
-    if file is None:
-        raise ValueError(f"{path}: wanted tokenizer.json or vocab.txt, found neither")
-    try:
-        if file.suffix == ".txt":
-            tokenizer = BertWordPieceTokenizer(str(file), lowercase=True)._tokenizer
-        else:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust reader raises a bare Exception
-        raise ValueError(f"{file}: not a BERT tokenizer ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
 def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     """Open a run directory: every tensor must be there and fit.
 
@@ -950,6 +621,23 @@ def draw_mask(kind: str, V: int, T: int) -> str:
     return "\n".join([f"{kind:>12}", *lines])
 
 
+def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
+    """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty: choose another")
+    tokenizer = load_tokenizer(bert)
+    model = VLM(VLMConfig(**mmpt_config(checkpoint, heads)))
+    c = model.config
+    if tokenizer.get_vocab_size() != c.vocab_size:
+        raise ValueError(
+            f"{bert} has {tokenizer.get_vocab_size()} word pieces, the checkpoint {c.vocab_size}: "
+            "they are not a pair"
+        )
+    load_mmpt(model, checkpoint)
+    save_run(out, model, tokenizer)
+    print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one of this file's small commands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -959,7 +647,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     masks.add_argument("--video", type=int, default=4, help="video tokens, seconds (default 4)")
     masks.add_argument("--text", type=int, default=4, help="text tokens with [SEP] (default 4)")
+    a = commands.add_parser(
+        "convert", allow_abbrev=False, help="turn the authors' fairseq checkpoint into a run"
+    )
+    a.add_argument("checkpoint", type=Path, help="checkpoint_best.pt, as released")
+    a.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new run directory")
+    a.add_argument("--bert", required=True, metavar="DIR", help="folder or file of the vocabulary, "
+                   "vocab.txt or tokenizer.json: bert-base-uncased's")  # fmt: skip
+    a.add_argument("--heads", type=int, metavar="N", help="attention heads (default: width / 64)")
     args = parser.parse_args(argv)
+    if args.command == "convert":
+        return convert(args.checkpoint, args.out, args.bert, args.heads)
     if args.video < 0 or args.text < 1:
         raise ValueError(f"--video {args.video} --text {args.text}: wanted at least 0 and 1")
     print("\n\n".join(draw_mask(kind, args.video, args.text) for kind in KINDS))

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.testing import assert_close
 
 import vlm
+from data import special_ids
 from vlm import ISOLATED, KINDS, VLM, Batch, VLMConfig, attention_mask
 
 ROOT = Path(__file__).parents[1]
@@ -1284,6 +1285,40 @@ def test_hugging_face_opens_a_saved_run_as_the_same_bert(tmp_path):
         hf, info = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
         assert all("pooler" in key for key in info["missing_keys"])
         check_text(hf.eval(), model, batch.text, batch.text_valid)
+
+
+@pytest.mark.hf
+@torch.no_grad()
+def test_hugging_face_opens_a_runs_tokenizer_and_gives_the_same_ids(small_toy, tmp_path):
+    """AutoTokenizer on a run directory: the ids of load_run's tokenizer, word by word."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = vlm.load_tokenizer(small_toy)
+    model = VLM(VLMConfig(**special_ids(tokenizer), hidden_size=24, num_attention_heads=3))
+    vlm.save_run(tmp_path, model, tokenizer)
+    theirs, (_, ours) = transformers.AutoTokenizer.from_pretrained(tmp_path), vlm.load_run(tmp_path)
+    for text in ("Now slice the onion!", "grandmother's pan, um", "", "zzz 12"):
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("safe", [True, False])
+@torch.no_grad()
+def test_what_hugging_face_saves_is_loaded_whole(tmp_path, safe):
+    """BertForMaskedLM.save_pretrained, as safetensors and as the .bin of older versions."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=110, hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
+    sizes |= dict(intermediate_size=40)
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    if not safe:  # transformers 5 writes no .bin any more; it is torch.save of the same names
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    model = VLM(VLMConfig.from_json(tmp_path / "config.json")).eval()
+    report = vlm.load_bert(model, tmp_path)
+    assert not report.unused and all(name.startswith("videomlp.") for name in report.new)
+    batch = random_batch()
+    check_text(theirs, model, batch.text, batch.text_valid)
 
 
 # -------------------------------------------------------------------------------------------------

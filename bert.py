@@ -1,0 +1,216 @@
+"""BERT (Devlin et al., 2019), written here: post-LayerNorm, erf GELU, original weights (sec. 3.1).
+
+Token-wise work runs on real tokens only: a padded batch (B, L) is packed to N rows once, and only
+attention sees the rectangle again. Modules are named as in Hugging Face's files, so that weights go
+in and out as they are. Keys and values can be kept for generation (sec. 4.5).
+
+Letters: `B` clips, `L` tokens of a sequence, `N` real tokens of a batch, `D` width, `H` heads.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------
+# Sizes
+
+
+@dataclass
+class VLMConfig:
+    """Sizes under Hugging Face's BERT names; the defaults are BERT-base uncased (sec. 5.2).
+
+    Raises ValueError for sizes that cannot be built, naming the value and what would do.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    unk_token_id: int = 100
+    cls_token_id: int = 101
+    sep_token_id: int = 102
+    mask_token_id: int = 103
+    # what VLM adds to BERT
+    video_dim: int = 512  # E: 512 for S3D
+    max_video_len: int = 32  # seconds
+    max_len: int = 96  # L at most: [CLS], 32 seconds, [SEP], 61 word pieces, [SEP]
+    num_labels: int = 0  # K: action segmentation; 0 builds no classifier
+    labels: list = dataclasses.field(default_factory=list)  # their ids; 0 is the background
+    # what these weights are: "untrained", "pre-trained" or "fine-tuned", on which task and data
+    stage: str = "untrained"
+    task: str = ""
+    data: str = ""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or isinstance(value, bool):
+                raise ValueError(f"config: {field.name} is {value!r}, wanted {kind.__name__}")
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if not self.max_video_len + 4 <= self.max_len <= self.max_position_embeddings:
+            raise ValueError(
+                f"config: max_len is {self.max_len}, wanted {self.max_video_len + 4} (max_video_len"
+                f" and 4) up to max_position_embeddings {self.max_position_embeddings}"
+            )
+        for name in ("pad", "unk", "cls", "sep", "mask"):
+            token = getattr(self, f"{name}_token_id")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"config: {name}_token_id is {token}, wanted 0..{self.vocab_size - 1}"
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
+        if self.num_labels < 0:
+            raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
+        if self.labels and len(self.labels) != self.num_labels:
+            raise ValueError(f"config: {len(self.labels)} labels, but num_labels {self.num_labels}")
+        if self.type_vocab_size < 2:
+            raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
+
+    @property
+    def max_text_len(self) -> int:
+        """T at most, the text's [SEP] included: 62 at the paper's sizes."""
+        return self.max_len - self.max_video_len - 2
+
+    @classmethod
+    def from_json(cls, path: str | Path, **changes) -> "VLMConfig":
+        """Read a config.json, of a run or of a Hugging Face BERT, its unknown keys left aside."""
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from None
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path}: holds a {type(saved).__name__}, wanted an object of sizes")
+        for key, wanted in {"hidden_act": "gelu", "position_embedding_type": "absolute"}.items():
+            if saved.get(key, wanted) != wanted:
+                raise ValueError(f"{path}: {key} is {saved[key]!r}; this BERT has {wanted!r} only")
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**({k: v for k, v in saved.items() if k in known} | changes))
+
+
+# ---------------------------------------------------------------------------------------------
+# The encoder
+
+
+def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
+    """Lay packed real tokens x (N, D) out in a padded (B, L, D), zeros elsewhere."""
+    D = x.shape[1]
+    return x.new_zeros(B * L, D).index_copy(0, rows, x).view(B, L, D)
+
+
+class Layer(nn.Module):
+    """One transformer layer over packed tokens."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        D, eps = c.hidden_size, c.layer_norm_eps
+        names = ("query", "key", "value")
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict({name: nn.Linear(D, D) for name in names}),
+                "output": nn.ModuleDict(
+                    {"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)}
+                ),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, c.intermediate_size)})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)}
+        )
+        self.heads = c.num_attention_heads
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+        self.attention_dropout = c.attention_probs_dropout_prob
+
+    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
+        """Queries, keys and values of packed tokens x (N, D), padded: (3, B, H, L, D/H)."""
+        # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
+        # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
+        three, D, H = self.attention["self"].values(), x.shape[1], self.heads
+        weight = torch.cat([linear.weight for linear in three])
+        x = F.linear(x, weight, torch.cat([linear.bias for linear in three]))  # (N, 3D)
+        return pad(x, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None = None) -> Tensor:
+        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
+
+        past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
+        covers too, or an empty list; those of x are added to it.
+        """
+        (B, L, _), D = attend.shape, x.shape[1]
+        q, k, v = self.qkv(x, rows, B, L)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
+            past[:] = k, v
+        p = self.attention_dropout if self.training else 0.0
+        a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
+        a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
+        out = self.attention["output"]
+        x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
+        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        return self.output["LayerNorm"](x + self.dropout(y))
+
+
+class Bert(nn.Module):
+    """BERT's embeddings and encoder (Eq. 3), without the pooler that VLM never uses."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        D = c.hidden_size
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(c.vocab_size, D),
+                "position_embeddings": nn.Embedding(c.max_position_embeddings, D),
+                "token_type_embeddings": nn.Embedding(c.type_vocab_size, D),
+                "LayerNorm": nn.LayerNorm(D, c.layer_norm_eps),
+            }
+        )
+        layers = nn.ModuleList([Layer(c) for _ in range(c.num_hidden_layers)])
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(
+        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor,
+        past: list[list] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encode token vectors.
+
+        Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
+                 real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
+                 keys and values of the P tokens read before, to which those of x are added.
+        Returns: h (B, L, D), zeros at padding, which is never computed.
+        """
+        B, L, D = x.shape
+        rows = real.flatten().nonzero()[:, 0]  # (N,): from here to the last line, real tokens only
+        e = self.embeddings
+        where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
+        x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
+        x = self.dropout(e["LayerNorm"](x))
+        for i, layer in enumerate(self.encoder["layer"]):
+            x = layer(x, rows, attend, None if past is None else past[i])
+        return pad(x, rows, B, L)

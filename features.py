@@ -1,0 +1,180 @@
+"""Frozen video features on disk, one row a second; only their index is in memory (sec. 3.1).
+
+    <folder>/<video_id>.npy          (seconds, E) float16 or float32
+    <folder>/*.safetensors           the same, many to a shard: python data.py pack
+    <file>.pickle                    {video_id: array}: as UniVL's authors published; held in memory
+
+`E` is the features' width: 512 for the paper's S3D, whatever it is for others.
+"""
+
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from benchmarks import DataError
+
+
+class FeatureStore:
+    """Video features by id, from folders of .npy files, folders of shards, or a pickle.
+
+    Raises DataError when a folder is missing or empty, when an id stands in two of them, and on
+    reading a file that is cut short, is not (seconds, E) float16/float32 or holds NaN or infinity.
+    """
+
+    def __init__(self, *folders: str | Path):
+        self.files: list[Path] = []  # one entry a .npy folder or a shard
+        self.place: dict[str, int] = {}  # video id -> which of them
+        self.shards: dict[int, safe_open] = {}
+        self.arrays: dict[str, np.ndarray] = {}  # what stood in a pickle
+        for folder in map(Path, folders):
+            if folder.suffix in (".pickle", ".pkl") and folder.is_file():
+                self.arrays |= (found := read_pickle(folder))
+                self._index(folder, found)
+                continue
+            if not folder.is_dir():
+                raise DataError(
+                    f"{folder}: no such folder of features (.npy files or shards), nor a .pickle"
+                )
+            names = sorted(entry.name for entry in os.scandir(folder))
+            arrays = [name[:-4] for name in names if name.endswith(".npy")]
+            shards = [folder / name for name in names if name.endswith(".safetensors")]
+            if not arrays and not shards:
+                raise DataError(f"{folder}: empty; wanted <video_id>.npy files or *.safetensors")
+            if arrays:
+                self._index(folder, arrays)
+            for shard in shards:
+                self._index(shard, self._shard(len(self.files), shard).keys())
+        self.width = self._peek()
+
+    def _index(self, file: Path, ids: Iterable[str]) -> None:
+        for video in ids:
+            if video in self.place:
+                raise DataError(f"{file}: {video} is also in {self.files[self.place[video]]}")
+            self.place[video] = len(self.files)
+        self.files.append(file)
+
+    def _shard(self, i: int, file: Path):
+        if i not in self.shards:
+            try:
+                self.shards[i] = safe_open(file, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{file}: not a readable safetensors shard ({error})") from None
+        return self.shards[i]
+
+    def _peek(self) -> int:
+        video = next(iter(self.place))
+        return self.open(video).shape[1]
+
+    def __contains__(self, video: str) -> bool:
+        return video in self.place
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def open(self, video: str) -> np.ndarray:
+        """Return one video's features (seconds, E), memory-mapped where the file allows it."""
+        i = self.place[video]
+        file = self.files[i]
+        if video in self.arrays:
+            x = self.arrays[video]
+            shape, dtype = x.shape, str(x.dtype)
+        elif file.suffix == ".safetensors":
+            x = self._shard(i, file).get_slice(video)
+            shape, dtype = (
+                tuple(x.get_shape()),
+                {"F16": "float16", "F32": "float32"}.get(x.get_dtype()),
+            )
+        else:
+            file = file / f"{video}.npy"
+            try:
+                x = np.load(file, mmap_mode="r", allow_pickle=False)
+                shape, dtype = x.shape, str(x.dtype)
+            except (ValueError, OSError, EOFError, AttributeError) as error:
+                raise DataError(f"{file}: not a whole .npy array ({error})") from None
+        width = getattr(self, "width", shape[1] if len(shape) == 2 else 0)
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or width < 1:
+            raise DataError(
+                f"{file}: {video} has features {shape}, wanted (seconds, {width or 'E'}) "
+                "with at least one second: extract it again"
+            )
+        if dtype not in ("float16", "float32"):
+            raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
+        return x if isinstance(x, np.ndarray) else _Slice(x, shape)
+
+    def rows(self, video: str, index: np.ndarray) -> np.ndarray:
+        """Read seconds `index` (n,) of one video: (n, E) float32, all finite."""
+        x = self.open(video)
+        low = int(index.min()) if len(index) else 0
+        high = int(index.max()) + 1 if len(index) else 0
+        rows = np.asarray(x[low:high])[index - low].astype(np.float32)
+        if not np.isfinite(rows).all():
+            second = int(index[~np.isfinite(rows).all(1)][0])
+            raise DataError(
+                f"{video}: features hold NaN or infinity at second {second}: extract it again"
+            )
+        return rows
+
+
+class _Slice:
+    """A shard's tensor, read row by row on demand."""
+
+    def __init__(self, lazy, shape: tuple[int, int]):
+        self.lazy, self.shape = lazy, shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key) -> np.ndarray:
+        return self.lazy[key]
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Turn text back into bytes: how pickles for Python 2 spell them."""
+    return text.encode("latin1")
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Read numpy arrays in plain containers; refuse any other name before it is used."""
+
+    KNOWN = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}
+    for core in ("core", "_core"):  # numpy 1's name and numpy 2's
+        KNOWN[f"numpy.{core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
+        KNOWN[f"numpy.{core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
+    KNOWN["_codecs", "encode"] = _latin1
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.KNOWN:
+            raise DataError(f"it names {module}.{name}, wanted numpy arrays and nothing else")
+        return self.KNOWN[module, name]
+
+
+def read_pickle(path: Path) -> dict[str, np.ndarray]:
+    """Read {video_id: array (seconds, E)}, nothing in it being run; all of it is held in memory."""
+    try:
+        with open(path, "rb") as file:
+            found = ArrayUnpickler(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: refused: {error}") from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: not a whole pickle ({first})") from None
+    good = isinstance(found, dict) and found and all(isinstance(k, str) for k in found)
+    if not good or not all(isinstance(x, np.ndarray) for x in found.values()):
+        raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")
+    return found
+
+
+def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:
+    """Open `--features DIR|FILE`, or every features* folder of DATA as one store."""
+    if features is not None:
+        return FeatureStore(features)
+    folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
+    if not folders:
+        raise DataError(
+            f"{data}: no features/ folder: put <video_id>.npy there or pass --features DIR"
+        )
+    return FeatureStore(*folders)

@@ -1,0 +1,97 @@
+"""Pickled features: arrays in UniVL's form are read, whatever else they hold is refused."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+import data
+from benchmarks import DataError
+from features import FeatureStore, open_features, read_pickle
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    """Two videos as UniVL stores them, one of them in column order."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(5, 7)), rng.normal(size=(9, 7))
+    return {"a": first.astype(np.float32), "b": np.asfortranarray(second.astype(np.float16))}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_every_pickle_protocol_are_read(arrays, tmp_path, protocol):
+    path = tmp_path / "features.pickle"
+    path.write_bytes(pickle.dumps(arrays, protocol))
+    store = open_features("nowhere", path)
+    assert len(store) == 2 and store.width == 7 and "b" in store and "c" not in store
+    for video, x in arrays.items():
+        assert np.array_equal(store.rows(video, np.arange(len(x))), x.astype(np.float32))
+    assert np.array_equal(store.rows("b", np.array([8, 2, 2])), arrays["b"][[8, 2, 2]])
+
+
+class Evil:
+    """Run a command when opened by a reader that trusts the file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_malicious_pickle_is_refused_by_name_and_creates_nothing(arrays, tmp_path):
+    """Shown first: a reader that trusts it does create the file."""
+    path, mark = tmp_path / "features.pickle", tmp_path / "mark"
+    path.write_bytes(pickle.dumps(arrays | {"c": Evil(mark)}))
+    pickle.loads(path.read_bytes())
+    assert mark.exists()
+    mark.unlink()
+    with pytest.raises(DataError, match=r"features.pickle: refused: it names (posix|nt).system"):
+        FeatureStore(path)
+    assert not mark.exists()
+    np.save(tmp_path / "x.npy", np.array([Evil(mark)], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="x.npy: not a whole .npy array"):
+        FeatureStore(tmp_path)
+    assert not mark.exists()
+
+
+BAD = {
+    "not a whole pickle": b"",
+    "not a whole pickle ": b"hello",
+    "wanted {video_id: numpy array}": pickle.dumps({"a": [1.0]}),
+    "wanted {video_id: numpy array} ": pickle.dumps({}),
+    "wanted {video_id: numpy array}  ": pickle.dumps({1: np.zeros((2, 2), np.float32)}),
+    "wanted (seconds, E)": pickle.dumps({"a": np.zeros(5, np.float32)}),
+    "dtype int64": pickle.dumps({"a": np.zeros((2, 2), np.int64)}),
+    "dtype object": pickle.dumps({"a": np.array([[None, 1]], dtype=object)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_pickle_of_something_else_is_a_clear_error(tmp_path, message):
+    path = tmp_path / "features.pkl"
+    path.write_bytes(BAD[message])
+    with pytest.raises(DataError) as error:
+        FeatureStore(path)
+    assert message.strip() in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cut_pickle_is_a_clear_error(arrays, tmp_path):
+    """Every place to cut it at."""
+    whole, path = pickle.dumps(arrays), tmp_path / "features.pickle"
+    for n in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:n])
+        with pytest.raises(DataError, match="not a whole pickle"):
+            read_pickle(path)
+
+
+def test_pickled_features_are_packed_into_shards(arrays, small_toy, tmp_path, capsys):
+    """`python data.py pack DATA --features FILE.pickle`: the way out of memory."""
+    path = tmp_path / "features.pickle"
+    path.write_bytes(pickle.dumps(arrays))
+    args = ["pack", str(small_toy), "--features", str(path), "--out", str(tmp_path / "packed")]
+    assert data.main(args) == 0
+    assert "features: 2 videos in 1 shards" in capsys.readouterr().out
+    store = open_features(tmp_path / "packed")
+    assert len(store) == 2 and np.array_equal(store.rows("a", np.arange(5)), arrays["a"])
