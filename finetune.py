@@ -56,7 +56,7 @@ from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run
 
 @dataclass
 class TuneConfig(LoopConfig):
-    """Fine-tune. Settings left at None take the values of TOY or PAPER below."""
+    """Fine-tune. Settings left at None take the values of TOY or PAPER below, by task."""
 
     task: str = opt("retrieval", "what to learn", at=1, choices=tuple(DATASETS))
     dataset: str | None = opt(None, "the benchmark, by its folder in DATA (default: first there)",
@@ -84,19 +84,20 @@ class TuneConfig(LoopConfig):
 
 
 TOY = {
-    "retrieval": dict(epochs=40, batch=60),
-    "qa": dict(epochs=40, batch=60),
+    "retrieval": dict(epochs=20, batch=60),
+    "qa": dict(epochs=20, batch=60),
     "segmentation": dict(epochs=10, batch=16),
-    "localization": dict(epochs=20, batch=8),
+    "localization": dict(epochs=10, batch=8),
     "captioning": dict(epochs=20, batch=32),
 }
-PAPER = {  # the paper gives none; those of its authors' code are near
-    "retrieval": dict(epochs=10, batch=256),
-    "qa": dict(epochs=10, batch=256),
-    "segmentation": dict(epochs=8, batch=32),
+PAPER = {  # "the same as pre-training" (sec. 5.2), but for data that is a thousand times less
+    "retrieval": dict(epochs=10, batch=128),
+    "qa": dict(epochs=10, batch=128),
+    "segmentation": dict(epochs=10, batch=32),
     "localization": dict(epochs=10, batch=16),
     "captioning": dict(epochs=10, batch=64),
 }
+LEAST = 300  # steps: a small corpus gets more epochs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,6 +317,8 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
     model, tokenizer = start_model(cfg, task, ranks.say)
     epoch = math.ceil(len(task.train) / cfg.batch)  # steps
     cfg.log_every = cfg.log_every or epoch
+    if cfg.steps is None and "epochs" not in given and not is_toy(cfg.data):
+        cfg.epochs = max(cfg.epochs, math.ceil(LEAST / epoch))
     fill_in(cfg, model, epoch)
     out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
     cfg.out = str(out)

@@ -263,7 +263,8 @@ def write_youcook2_and_coin(root: Path, world: World) -> None:
 
 
 def write_crosstask(root: Path, world: World) -> None:
-    """Write twelve tasks of six held-out steps, eight videos each, three of them for validation."""
+    """Write twelve tasks of six held-out steps, eight videos each, three of them for validation;
+    a video shows two to five of its task's steps."""
     folder, videos, held_back, blocks = root / "crosstask", [], [], []
     order = world.rng.permutation(HELD_OUT)
     for k in range(world.count(12)):
@@ -274,9 +275,13 @@ def write_crosstask(root: Path, world: World) -> None:
         )
         for i in range(8):
             video = f"cross_{task}_{i}"
-            shots, seconds = world.video(steps)
+            # some steps are left out and lengths vary, or steps spread evenly would be right
+            kept = sorted(world.rng.permutation(len(steps))[: int(world.rng.integers(2, 6))])
+            shots, seconds = world.video([steps[n] for n in kept], 3, 30)
             np.save(root / "features" / f"{video}.npy", world.film(shots, seconds))
-            rows = [(n + 1, f"{s.start:.2f}", f"{s.end:.2f}") for n, s in enumerate(shots)]
+            rows = [
+                (n + 1, f"{s.start:.2f}", f"{s.end:.2f}") for n, s in zip(kept, shots, strict=True)
+            ]
             table(folder / "annotations" / f"{task}_{video}.csv", rows)
             videos.append((task, video, f"https://example.org/{video}"))
             if i >= 5:
