@@ -1,4 +1,4 @@
-"""Caption metrics (sec. 5.4): BLEU, ROUGE-L, CIDEr-D and METEOR as the published scorers count.
+"""Caption metrics (Table 7): BLEU, ROUGE-L, CIDEr-D and METEOR as the published scorers count.
 
     tokenizer   who reads captions so           what reaches the scorers
     ptb         COCO's evaluation               Penn Treebank tokens, lower-cased, without marks
@@ -47,6 +47,7 @@ TOKENIZERS = ("ptb", "space", "bert")
 # ---------------------------------------------------------------------------------------------
 # Penn Treebank tokens, as COCO's evaluation makes them (CoreNLP 3.4.1, lower-cased, lines kept)
 
+BLANK = " \t\xa0\u2000-\u200a\u3000"
 DROPPED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 # What is inside words besides Unicode's letters, and the marks that are tokens by themselves.
 INSIDE_WORDS = (
@@ -98,6 +99,16 @@ def any_case(pattern: str) -> str:
     return re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|[A-Za-z]", both, pattern)
 
 
+def one_of(words: str, *patterns: str) -> str:
+    """Write words, and patterns as they are, as alternatives; a capital stays a capital.
+
+    >>> one_of("mr Ark", "[x]y")
+    '(?:mr|[A]rk|[x]y)'
+    """
+    exact = (re.sub("[A-Z]", r"[\g<0>]", word) for word in words.split())
+    return f"(?:{'|'.join([*exact, *patterns])})"
+
+
 @lru_cache(1)
 def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     """Build the rules of tokens: (pattern, how the token is written).
@@ -105,12 +116,13 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     Group 1 of a pattern is the token; what follows it is context, which is not consumed but counts
     where rules compete: at each position the longest match wins, and on ties the earlier rule.
     """
+    # parts of patterns: L a letter or what else may be inside a word, LD or a digit; P, p the same
+    # of plain letters; q an apostrophe, Q any single quote. Small letters match in both cases.
     letters, upper = of_category("L"), of_category("Lu")
     inside, entity = letters + spans(INSIDE_WORDS), "&[aeiouAEIOU](?:acute|grave|uml);"
     L, LD = f"(?:[{inside}]|{entity})", rf"(?:[{inside}\d]|{entity})"
     word = rf"{L}{LD}*(?:[.!?]{L}{LD}*)*"
     q, Q = "(?:['’\x92]|&apos;)", "(?:['’\x92`‘‛\x91]|&apos;)"
-    blank = " \t\xa0\u2000-\u200a\u3000"
     clitic = f"{q}(?:[msdMSD]|re|ve|ll)"
     acronym2 = (
         r"(?:u\.s\.-u\.s\.r|u\.s\.-u\.k|(?:canada|sino|korean|eu|japan|non)-u\.s"
@@ -122,30 +134,28 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         r"(?: *= *(?:'[^'\\\n]*'|\"[^\"\\\n]*\"))?)* */? *>"
         r"|</[A-Za-z][A-Za-z0-9_:.-]* *>|<[!?][A-Za-z-][^>\n]*>)"
     )
-    starts_sentence = (
-        "(?:[A]bout|[A]ccording|[A]dditionally|[A]fter|[A]n|[A]|[A]s|[A]t|[B]ut|[D]id|[D]uring"
-        "|[E]arlier|[H]ere|[H]er|[H]e|[H]owever|[H]ow|[I]f|[I]n|[I]t|[L]ast|[M]any|[M]ore|[M]r\\."
-        "|[M]s\\.|[N]ow|[O]nce|[O]ne|[O]ther|[O]ur|[S]he|[S]ince|[S]ome|[S]uch|[T]hat|[T]heir"
-        "|[T]hen|[T]here|[T]he|[T]hese|[T]hey|[T]his|[W]e|[W]hen|[W]hile|[W]hat|[W]ho|[W]hy|[Y]et"
-        "|[Y]ou)"
+    starts_sentence = one_of(
+        r"About According Additionally After An A As At But Did During Earlier Here Her He However"
+        r" How If In It Last Many More Mr\. Ms\. Now Once One Other Our She Since Some Such That"
+        r" Their Then There The These They This We When While What Who Why Yet You"
     )
-    begins = rf"[{blank}\n]+(?:{starts_sentence}|{tag})[{blank}\n]"
-    abbr1 = (
-        "(?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri|ala|ariz"
-        "|[A]z|[A]rk|calif|colo|conn|ct|dak|[D]el|fla|ga|[I]ll|ind|kans?|ky|[L]a|[M]ass|md|mich"
-        "|minn|[M]iss|mo|mont|neb|nev|okla|[O]re|[P]a|penn|tenn|[T]ex|va|vt|[W]ash|wisc?|wyo|inc"
-        "|cos?|corp|[Pp]?[Pp][t][ey][s]?|ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|blvd|rd"
-        r"|bros|ed\.d|ph\.d|esq|etc|al|seq|bldg)"
+    begins = rf"[{BLANK}\n]+(?:{starts_sentence}|{tag})[{BLANK}\n]"
+    abbr1 = one_of(  # may end a sentence; abbr2 never does
+        "jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thu thurs fri ala ariz Az Ark"
+        " calif colo conn ct dak Del fla ga Ill ind kans? ky La Mass md mich minn Miss mo mont neb"
+        " nev okla Ore Pa penn tenn Tex va vt Wash wisc? wyo inc cos? corp ltd plc rt bancorp bhd"
+        " assn univ intl sys tel est ext sq jr sr blvd rd bros ed\\.d ph\\.d esq etc al seq bldg",
+        "[Pp]?[Pp][t][ey][s]?",
     )
-    abbr2 = (
-        f"(?:{acronym}|mr|mrs|ms|[M]iss|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm"
-        "|rev|maj|sgt|cpl|pvt|mt|capt|ste?|ave|pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|adj"
-        "|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|ft|vs|alex|wm|jos|cie|cf|treas|ph|invt|elec"
-        r"|natl|[Mm][ft][g]|dept|blvd|rd|a\.k\.a)"
+    abbr2 = one_of(
+        "mr mrs ms Miss drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl"
+        " pvt mt capt ste? ave pres lieut hon brig co?mdr pfc spc supts? det adj adv asst assoc ens"
+        " insp mlle mme msgr sfc ft vs alex wm jos cie cf treas ph invt elec natl dept a\\.k\\.a",
+        f"[Mm][ft][g]|{acronym}",
     )
-    extension = (
-        "(?:bat|bmp|class|cgi|cpp|c|dll|docx?|exe|gif|gz|html?|h|jar|java|jpe?g|mov|mp3|pdf|php|pl"
-        "|png|ppt|ps|py|sql|tar|txt|wav|xml|x|zip)"
+    extension = one_of(
+        "bat bmp class cgi cpp c dll docx? exe gif gz html? h jar java jpe?g mov mp3 pdf php pl png"
+        " ppt ps py sql tar txt wav xml x zip"
     )
     outside, at_end = ' \t\n"<>|()', ".!?{},-"  # of addresses
     path, label = f"/[^{outside}]+[^{outside}{at_end}]", f"[^{outside}.!?{{}},]+"
@@ -156,7 +166,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     joined = "[A-Z]+(?:(?:[+]|&(?:amp;)?)[A-Z]+)+"
     d, dash, eye = "[0-9]", "[- \xa0]", "[-^x=~<>']"
     unchanged, own = str, lambda t: OTHER_NAMES.get(t, t)
-    one = lambda t: re.sub(f"[{blank}]", "\xa0", t)  # noqa: E731
+    one = lambda t: re.sub(f"[{BLANK}]", "\xa0", t)  # noqa: E731
     soft = lambda t: t.replace("\xad", "") or "-"  # noqa: E731
     ands = lambda t: re.sub("&[aA][mM][pP];", "&", t)  # noqa: E731
     stopped = lambda t: f"{t} ."  # noqa: E731
@@ -164,12 +174,14 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     quoted = lambda t: re.sub("&apos;|.", lambda m: QUOTES.get(m[0], m[0]), t)  # noqa: E731
     # fmt: off
     rules = [  # token, context, how it is written
+        # names, contractions, tags, entities
         (r"c\+\+|[cCfF]#", "", unchanged),
         ("can", "not", unchanged), ("'t", "was|is", unchanged), ("gon|wan", "na", unchanged),
         ("got", "ta", unchanged), ("lem|gim", "me", unchanged),
         (tag, "", lambda t: t.replace(" ", "\xa0")),
         ("[–—―\x96\x97]|&(?:mdash|ndash|md);", "", lambda t: "--"),
         ("&amp;", "", own), ("&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);", "", unchanged),
+        # words, with and without apostrophes
         (word, clitic, soft),
         ("[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", f"n{Q}t", soft),
         (word, "", soft),
@@ -178,6 +190,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         (f"{P}+[aeiouyAEIOUY]{Q}[aeiouA-Z]{P}*", "", unchanged),
         (r"cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l", "", unchanged),
         (f"o{Q}o", "", unchanged), (f"y{q}", P, unchanged),
+        # addresses
         (rf"https?://[^{outside}{{}}]+[^{outside}{at_end}]", "", unchanged),
         (rf"www\.(?:{label}\.)+[a-zA-Z]{{2,4}}", "", unchanged),
         (rf"www\.(?:{label}\.)+?[a-zA-Z]{{2,4}}{path}", "", unchanged),
@@ -185,6 +198,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         (rf"(?:<|&lt;)?[A-Za-z0-9][^{outside}\xa0{{}}]*@(?:[^{outside}{{}}.\xa0]+\.)*"
          rf"[^{outside}{{}}.\xa0]+(?:>|&gt;)?", "", unchanged),
         (f"@[A-Za-z_][A-Za-z_0-9]*|#{L}+", "", unchanged),
+        # endings cut off before, numbers, fractions
         (f"{clitic}|n{Q}t", "[^A-Za-z]", quoted),
         (r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}", "", unchanged),
         (r"[+-]?(?:\d*(?:[.:,\xad٫٬]\d+)+|\d+)", "", soft),
@@ -194,15 +208,17 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         (rf"-(?:l|r)(?:r|c|s)b-|c\.d\.s|(?:pro|anti)-|s&p-500|s&ls|cap{q}n|c{q}est", "", unchanged),
         (rf"{slashed}(?:\\?/{slashed}){{1,2}}", "", unchanged),
         (r"[A-Z]*\$|#|[¢£¤€₠\x80]", "", own),
+        # abbreviations: a dot that ends the sentence, too, is written twice
         (r"[A-Za-z]\.", begins, lambda t: f"{t[0]} ."), (rf"{acronym}\.", begins, stopped),
-        (r"(?:ca|figs?|prop|nos?|art|bldg|pp|op)\.", rf"[{blank}\n]?\d", unchanged),
-        (r"(?:pty|pte|co)\.", f"[{blank}](?:ltd|lim)", unchanged),
-        (rf"{abbr1}\.", rf"[{blank}\n](?:[{blank}\n{upper}]|{tag})", stopped),
+        (r"(?:ca|figs?|prop|nos?|art|bldg|pp|op)\.", rf"[{BLANK}\n]?\d", unchanged),
+        (r"(?:pty|pte|co)\.", f"[{BLANK}](?:ltd|lim)", unchanged),
+        (rf"{abbr1}\.", rf"[{BLANK}\n](?:[{BLANK}\n{upper}]|{tag})", stopped),
         (rf"{abbr1}\.", r"[\s\S][\s\S]", unchanged), (rf"{abbr1}\.", "", stopped),
-        (rf"{abbr2}\.", "", unchanged), (abbr2, f"[{blank}]", unchanged),
-        (f"{acronym}|{q}[0-9][0-9]", rf"[{blank}\n]", unchanged),
-        (rf"{LD}+(?:\.{LD}+)*\.{extension}", rf"[{blank}\n.?!,]", unchanged),
+        (rf"{abbr2}\.", "", unchanged), (abbr2, f"[{BLANK}]", unchanged),
+        (f"{acronym}|{q}[0-9][0-9]", rf"[{BLANK}\n]", unchanged),
+        (rf"{LD}+(?:\.{LD}+)*\.{extension}", rf"[{BLANK}\n.?!,]", unchanged),
         (rf"{word}\.", "[,;:、]", soft),
+        # telephone numbers, marks, faces
         (rf"\({d}{{2,3}}\)[ \xa0]?{d}{{3,4}}{dash}?{d}{{3,5}}", "", renamed),
         (rf"(?:\+\+?)?(?:{d}{{2,4}}{dash})?{d}{{2,4}}{dash}{d}{{3,4}}{dash}?{d}{{3,5}}", "", one),
         ('"|&quot;', "[A-Za-z0-9$]", lambda t: "``"), ('"|&quot;', "", lambda t: "''"),
@@ -214,6 +230,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
         (r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|…", "", lambda t: "..."),
         (r"@+|#+|_+|\*+|(?:\\\*){1,3}", "", unchanged),
         ("[,;:、]|[?!]+|[.¡¿。=/]", "", unchanged),
+        # hyphenated words, then quotes and all other marks
         (hyphened, "", soft), (rf"{hyphened}\.", "[,;:、]", soft),
         (thing, "", unchanged), (rf"{thing}\.", "[,;:、]", unchanged),
         (joined, "", ands), (rf"{joined}\.", "[,;:、]", ands),
@@ -230,7 +247,7 @@ def ptb_rules() -> list[tuple[re.Pattern, Callable[[str], str]]]:
     ]
 
 
-BLANKS = re.compile("[ \t][ \t\xa0\u2000-\u200a\u3000]*")
+BLANKS = re.compile(f"[ \t][{BLANK}]*")
 SPLIT_WORDS = frozenset("cannot gonna gotta lemme gimme wanna".split())
 PLAIN_WORD = re.compile(r"([A-Za-z]+)(?=[ \n]|\Z)")  # no other rule reaches beyond the space
 
@@ -246,7 +263,7 @@ def ptb_lex(captions: list[str]) -> list[list[str]]:
     [['the', 'chef', 'ca', "n't", 'cook', '1\\xa01/2', 'hours', '-lrb-', 'at', '350', '-rrb-', '.'],
      ['stir-fry', ',', 'then', 'salt', '&', 'pepper', '!']]
     """
-    # whatever ends a line would move all captions after it by one; beyond 0xffff nothing is known
+    # whatever ends a line would move all captions after it by one; digits are known up to 0xffff
     text = "\n".join(re.sub("[\n\r\x0b\x0c\x85\u2028\u2029]", " ", c) for c in captions)
     text = re.sub("[\U00010000-\U0010ffff]", lambda m: "\uffff" if m[0].isdecimal() else m[0], text)
     lines, at, rules = [[]], 0, ptb_rules()
@@ -1188,7 +1205,7 @@ def caption_scores(
     meteor_data: str | Path | None = None,
     per_item: bool = False,
 ) -> dict:
-    """Score captions against one or more references each (sec. 5.4).
+    """Score captions against one or more references each (Table 7).
 
     Args:    references, hypotheses: by item, the same items. tokenizer: "ptb" as COCO, "space" as
              nlg-eval, "bert" as the paper: both sides through `word_pieces`, references cut to 61

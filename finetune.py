@@ -62,13 +62,14 @@ class TuneConfig(LoopConfig):
     dataset: str | None = opt(None, "the benchmark, by its folder in DATA (default: first there)",
                               "data", choices=("msrvtt", "youcook2"))  # fmt: skip
     held_out: float = opt(0.1, "share of the training videos to choose the best epoch by; 0: none")
+    limit: int | None = opt(None, "train on so many items alone, drawn by the seed (default: all)")
     stride: int = opt(16, "segmentation, localization: seconds from window to window (paper: 16)")
     train_videos: int = opt(30, "localization: training videos of a task (paper: 30)")
     tokenizer: str = opt("bert", "captioning: how texts become words for the metrics (paper: bert)",
                          "objective", choices=("bert", "ptb", "space"))  # fmt: skip
     meteor_data: str | None = opt(None, "captioning: METEOR's word lists", metavar="DIR")
 
-    POSITIVE = ("stride", "train_videos")
+    POSITIVE = ("stride", "train_videos", "limit")
     WARMUP = 122  # steps (sec. 5.2)
 
     def __post_init__(self):
@@ -309,6 +310,10 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
         cfg.train_videos, cfg.seed,
     )  # fmt: skip
     ranks.say("\n".join(task.said))
+    if cfg.limit and cfg.limit < len(task.train):
+        chosen = np.random.default_rng(cfg.seed).permutation(len(task.train))[: cfg.limit]
+        ranks.say(f"{cfg.limit} of {len(task.train)} items to train on, as --limit asks")
+        task.train = [task.train[i] for i in sorted(chosen)]
     if len(task.train) < ranks.world * cfg.accumulate:
         raise ValueError(
             f"{len(task.train)} items to train on, wanted at least one for each of {ranks.world} "

@@ -237,8 +237,9 @@ def write_youcook2_and_coin(root: Path, world: World) -> None:
     cook, coin = {}, {}
     for split, count, steps in (("training", 160, world.train), ("validation", 50, world.test)):
         ids = [f"cook_{split}_{i:03d}" for i in range(world.count(count))]
-        for video in ids:
-            shots, seconds = world.video([world.pick(steps) for _ in range(6)])
+        order = world.rng.permutation(len(steps))  # held-out steps come once each
+        for n, video in enumerate(ids):
+            shots, seconds = world.video([steps[order[6 * n + i]] for i in range(6)])
             np.save(root / "features" / f"{video}.npy", world.film(shots, seconds))
             about = {"duration": seconds, "subset": split, "recipe_type": "101"}
             said = [
