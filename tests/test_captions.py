@@ -20,24 +20,27 @@ import pytest
 from tokenizers import BertWordPieceTokenizer
 
 import captions
+import meteor
 from benchmarks import DataError
 from captions import (
-    NO_LISTS,
-    align,
     bert_decode,
     bleu,
-    candidates,
     caption_scores,
     cider_d,
     common_words,
-    meanings,
-    meteor,
-    meteor_score,
-    meteor_words,
     ptb_lex,
     ptb_tokenize,
-    read_lines,
     rouge_l,
+)
+from meteor import (
+    NO_LISTS,
+    align,
+    candidates,
+    meanings,
+    meteor_score,
+    meteor_scores,
+    meteor_words,
+    read_lines,
     statistics,
     stem,
 )
@@ -48,11 +51,11 @@ WORDS = "a the man stirs stir rice in bowl , . chops chop quickly pan".split()
 @pytest.fixture(autouse=True)
 def own_word_lists(request, monkeypatch):
     """Hide an installed pycocoevalcap: results do not depend on it, nor is its table indexed."""
-    captions.word_lists.cache_clear()
+    meteor.word_lists.cache_clear()
     if not request.node.get_closest_marker("coco"):
-        monkeypatch.setattr(captions, "find_spec", lambda name: None)
+        monkeypatch.setattr(meteor, "find_spec", lambda name: None)
     yield
-    captions.word_lists.cache_clear()
+    meteor.word_lists.cache_clear()
 
 
 def sentences(rng: random.Random, n: int, most: int = 9) -> list[str]:
@@ -377,7 +380,7 @@ def stages(hypothesis, reference, lists=NO_LISTS):
 
 def test_meanings_of_base_forms(meteor_folder):
     """An irregular form has its base's meanings; else an ending is taken off, first rule first."""
-    lists = captions.word_lists(meteor_folder)
+    lists = meteor.word_lists(meteor_folder)
     assert meanings("mice", lists) == meanings("mouse", lists) == {"00000003"}
     assert meanings("boxes", lists) == {"00000004"}
     assert meanings("big", lists) == {"00000001", "00000002"}
@@ -386,28 +389,28 @@ def test_meanings_of_base_forms(meteor_folder):
 
 def test_candidates_of_each_stage(meteor_folder):
     """All stages find their pairs, in both directions of the table, and duplicates stay."""
-    lists = captions.word_lists(meteor_folder)
+    lists = meteor.word_lists(meteor_folder)
     assert lists.function_words == {"the", "a", "in", "to"}
     assert (lists.prefixes, lists.before_number) == ({"Dr"}, {"No"})
-    assert stages("the cat", "the dog", lists) == [("the", "the", captions.EXACT)]
-    assert stages("stirring", "stirred", lists) == [("stirred", "stirring", captions.STEM)]
-    assert stages("large", "big", lists) == [("big", "large", captions.SYNONYM)]
+    assert stages("the cat", "the dog", lists) == [("the", "the", meteor.EXACT)]
+    assert stages("stirring", "stirred", lists) == [("stirred", "stirring", meteor.STEM)]
+    assert stages("large", "big", lists) == [("big", "large", meteor.SYNONYM)]
     assert stages("a skillet", "a frying pan", lists) == [
-        ("a", "a", captions.EXACT),
-        ("frying pan", "skillet", captions.PARAPHRASE),
+        ("a", "a", meteor.EXACT),
+        ("frying pan", "skillet", meteor.PARAPHRASE),
     ]
     # "to" is inside both phrases; "in order to" <-> "to" is in the table in both directions
     assert Counter(stages("x to", "in order to", lists)) == {
-        ("to", "to", captions.EXACT): 1,
-        ("in order to", "to", captions.PARAPHRASE): 2,
+        ("to", "to", meteor.EXACT): 1,
+        ("in order to", "to", meteor.PARAPHRASE): 2,
     }
-    assert stages("the the", "the the", lists) == [("the", "the", captions.EXACT)] * 4
+    assert stages("the the", "the the", lists) == [("the", "the", meteor.EXACT)] * 4
     assert stages("mouse mice", "mouse mice", lists) == [
-        ("mouse", "mouse", captions.EXACT),
-        ("mice", "mice", captions.EXACT),
+        ("mouse", "mouse", meteor.EXACT),
+        ("mice", "mice", meteor.EXACT),
     ]
-    assert stages("a big", "the big", lists) == [("big", "big", captions.EXACT)]
-    assert stages("mice", "mouse", lists) == [("mouse", "mice", captions.SYNONYM)]
+    assert stages("a big", "the big", lists) == [("big", "big", meteor.EXACT)]
+    assert stages("mice", "mouse", lists) == [("mouse", "mice", meteor.SYNONYM)]
 
 
 def aligned(hypothesis, reference, lists=NO_LISTS):
@@ -425,9 +428,9 @@ def test_alignment_prefers_fewer_chunks_among_equal_coverage():
 
 def test_half_credit_is_rounded_down():
     """One word that is not exact weighs floor(0.5) on each side, nothing; exact ones weigh 1."""
-    assert captions.weight((0, 1, 0, 1, captions.EXACT)) == 2
-    assert captions.weight((0, 1, 0, 1, captions.STEM)) == 0
-    assert captions.weight((0, 3, 0, 2, captions.PARAPHRASE)) == 1 + 1
+    assert meteor.weight((0, 1, 0, 1, meteor.EXACT)) == 2
+    assert meteor.weight((0, 1, 0, 1, meteor.STEM)) == 0
+    assert meteor.weight((0, 3, 0, 2, meteor.PARAPHRASE)) == 1 + 1
 
 
 def test_movement_is_charged_to_the_path_that_is_left():
@@ -503,7 +506,7 @@ def slow_align(lists, hypothesis_words):
 
 def test_alignment_equals_the_slow_search(meteor_folder):
     """Catches a wrong beam, bit or short cut: the lines repeat words, so the beam overflows."""
-    lists, rng = captions.word_lists(meteor_folder), random.Random(5)
+    lists, rng = meteor.word_lists(meteor_folder), random.Random(5)
     pool = "in order to so as frying pan skillet big large the cook cooks mice mouse".split()
     for k in range(150):
         some, most = (pool, 14) if k % 2 else (pool[:4], 14) if k % 10 else (pool[2:5], 25)
@@ -522,20 +525,20 @@ def brute_force(lists, hypothesis_words):
             r = [k for j, words, _, _, _ in chosen for k in range(j, j + words)]
             h = [k for _, _, i, n, _ in chosen for k in range(i, i + n)]
             if len(set(r)) == len(r) and len(set(h)) == len(h):
-                best = max(best, sum(map(captions.weight, chosen)))
+                best = max(best, sum(map(meteor.weight, chosen)))
     return best
 
 
 def test_alignment_covers_as_much_as_any_choice_of_matches(meteor_folder):
     """On short lines a beam of 40 finds the greatest weight, and no word is used twice."""
-    lists, rng = captions.word_lists(meteor_folder), random.Random(3)
+    lists, rng = meteor.word_lists(meteor_folder), random.Random(3)
     pool = "in order to so as frying pan skillet big large the".split()
     for _ in range(60):
         h, r = (" ".join(rng.choices(pool, k=5)) for _ in range(2))
         lines = read_lines([h, r], lists)
         found = candidates(lines[h], lines[r])
         chosen = align(found, 5)
-        weight = sum(map(captions.weight, chosen))
+        weight = sum(map(meteor.weight, chosen))
         assert weight == brute_force(found, 5)
         for side in (0, 2):
             used = [k for m in chosen for k in range(m[side], m[side] + m[side + 1])]
@@ -544,7 +547,7 @@ def test_alignment_covers_as_much_as_any_choice_of_matches(meteor_folder):
 
 def test_statistics_by_hand(meteor_folder):
     """Five words against six: exact the, a; stem stirs; paraphrase skillet; chunks 0-1 and 3-5."""
-    lists = captions.word_lists(meteor_folder)
+    lists = meteor.word_lists(meteor_folder)
     h, r = "the cook stirs a skillet", "the chef stirring a frying pan"
     lines = read_lines([h, r], lists)
     got = statistics(lines[h], lines[r])
@@ -572,7 +575,7 @@ def test_meteor_score_by_hand():
 
 def test_corpus_meteor_is_the_score_of_the_sums():
     """Not the mean; a perfect item adds no chunk; of several references the best counts."""
-    corpus, items = meteor(["a b c", "d x"], [["a c b", "a b c"], ["d y"]])
+    corpus, items = meteor_scores(["a b c", "d x"], [["a c b", "a b c"], ["d y"]])
     assert items[0] == 1 and 0 < items[1] < 0.5
     sums = [5, 5, 0, 0, 4, 4, 0, 0] + [0] * 12 + [1, 4, 4]
     assert corpus == pytest.approx(meteor_score(sums), abs=1e-15)
@@ -591,12 +594,12 @@ def cache_files(tmp_path):
 def test_paraphrases_are_indexed_once(meteor_folder, tmp_path, monkeypatch):
     """The second time comes from the cache; rows of a phrase keep the file's order."""
     path = meteor_folder / "paraphrase-en.gz"
-    first = captions.paraphrase_table(path)
+    first = meteor.paraphrase_table(path)
     assert first.shape == (2, 4) and (np.diff(first[0].astype(object)) >= 0).all()
-    found = captions.find_paraphrases(["so as to", "to", "in order to", "pan"], first)
+    found = meteor.find_paraphrases(["so as to", "to", "in order to", "pan"], first)
     assert found == {2: [1, 0], 1: [2]}
-    monkeypatch.setattr(captions, "index_paraphrases", lambda path: pytest.fail("indexed again"))
-    again = captions.paraphrase_table(path)
+    monkeypatch.setattr(meteor, "index_paraphrases", lambda path: pytest.fail("indexed again"))
+    again = meteor.paraphrase_table(path)
     assert isinstance(again, np.memmap) and (again == first).all()
     assert len(cache_files(tmp_path)) == 1
 
@@ -606,8 +609,8 @@ def test_rows_of_a_phrase_keep_the_files_order(tmp_path):
     rows = [(f"p{k % 3}", f"q{k}") for k in range(300)]
     with gzip.open(tmp_path / "t.gz", "wt") as file:
         file.writelines(f"0.1\n{a}\n{b}\n" for a, b in rows)
-    table = captions.index_paraphrases(tmp_path / "t.gz")
-    found = captions.find_paraphrases(["p1", *(f"q{k}" for k in range(300))], table)
+    table = meteor.index_paraphrases(tmp_path / "t.gz")
+    found = meteor.find_paraphrases(["p1", *(f"q{k}" for k in range(300))], table)
     assert found == {0: [k + 1 for k in range(1, 300, 3)]}
 
 
@@ -615,7 +618,7 @@ def test_rows_of_a_phrase_keep_the_files_order(tmp_path):
 def test_a_damaged_cache_is_made_again(meteor_folder, tmp_path, damage):
     """A changed bit, a lost end, nothing at all or half a number: never used, replaced."""
     path = meteor_folder / "paraphrase-en.gz"
-    first = captions.paraphrase_table(path).copy()
+    first = meteor.paraphrase_table(path).copy()
     (file,) = cache_files(tmp_path)
     data = file.read_bytes()
     broken = {
@@ -625,7 +628,7 @@ def test_a_damaged_cache_is_made_again(meteor_folder, tmp_path, damage):
         "odd": data[:-3],
     }
     file.write_bytes(broken[damage])
-    assert (captions.paraphrase_table(path) == first).all()
+    assert (meteor.paraphrase_table(path) == first).all()
     assert file.read_bytes() == data and cache_files(tmp_path) == [file]
 
 
@@ -633,7 +636,7 @@ def test_two_processes_may_index_at_once(meteor_folder, tmp_path):
     """Four processes that all find no cache leave one whole file, and all get the table."""
     path = meteor_folder / "paraphrase-en.gz"
     with multiprocessing.get_context("spawn").Pool(4) as pool:
-        tables = pool.map(captions.paraphrase_table, [path] * 8)
+        tables = pool.map(meteor.paraphrase_table, [path] * 8)
     assert all((table == tables[0]).all() for table in tables)
     assert len(cache_files(tmp_path)) == 1
 
@@ -644,7 +647,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     """A file where the folder should be: the table is there all the same, and the user is told."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert captions.paraphrase_table(meteor_folder / "paraphrase-en.gz").shape == (2, 4)
+    assert meteor.paraphrase_table(meteor_folder / "paraphrase-en.gz").shape == (2, 4)
     assert "not kept" in capsys.readouterr().err
 
 
@@ -654,26 +657,26 @@ def test_a_failed_write_leaves_nothing_behind(meteor_folder, tmp_path, monkeypat
     def fail(*_):
         raise OSError("no")
 
-    monkeypatch.setattr(captions.os, "replace", fail)
-    assert captions.paraphrase_table(meteor_folder / "paraphrase-en.gz").shape == (2, 4)
+    monkeypatch.setattr(meteor.os, "replace", fail)
+    assert meteor.paraphrase_table(meteor_folder / "paraphrase-en.gz").shape == (2, 4)
     assert cache_files(tmp_path) == []
 
 
 def test_damaged_or_missing_meteor_files_are_named(meteor_folder, tmp_path):
     """One line that names the file, for each way in which it can be wrong."""
     with pytest.raises(DataError, match="wanted meteor-1.5.jar"):
-        captions.word_lists(tmp_path)
+        meteor.word_lists(tmp_path)
     table, jar = meteor_folder / "paraphrase-en.gz", meteor_folder / "meteor-1.5.jar"
     whole = table.read_bytes()
     for data in (whole[:-9], b"plain text, not gzip", b"", gzip.compress(b"one\ntwo\n")):
         table.write_bytes(data)
         with pytest.raises(DataError, match="paraphrase-en.gz"):
-            captions.word_lists(meteor_folder)
+            meteor.word_lists(meteor_folder)
     table.write_bytes(whole)
     for data in (b"no zip", jar.read_bytes()[:200]):
         jar.write_bytes(data)
         with pytest.raises(DataError, match="not METEOR 1.5's jar"):
-            captions.word_lists(meteor_folder)
+            meteor.word_lists(meteor_folder)
 
 
 def test_without_word_lists_meteor_says_so():
@@ -691,7 +694,7 @@ def test_the_word_lists_raise_meteor(meteor_folder):
     """A synonym and a paraphrase count only with the files."""
     refs, hyps = {"a": ["the big frying pan"]}, {"a": "the large skillet"}
     with_lists = caption_scores(refs, hyps, meteor_data=meteor_folder)["METEOR"]
-    assert with_lists > 2 * meteor(["the large skillet"], [["the big frying pan"]])[0] > 0
+    assert with_lists > 2 * meteor_scores(["the large skillet"], [["the big frying pan"]])[0] > 0
 
 
 EDGES = {
