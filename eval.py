@@ -408,6 +408,7 @@ def chance(task: Task, tokenizer: Tokenizer, options: Options) -> dict[str, floa
             )
         }
     said = [item.clip.text for group in task.train for item in group]
+    said = said or [""]
     texts = [said[i] for i in rng.integers(len(said), size=len(items))]  # any training sentence
     return score_captions(items, texts, tokenizer, options)
 
@@ -458,9 +459,11 @@ class Report:
 
     def to_json(self) -> dict:
         """Return what --json writes (percentages as fractions)."""
+        rows = {"model": self.model, "chance": self.chance, "constant": self.constant}
+        rows |= {"paper": self.paper}
         out = {"task": self.task, "dataset": self.dataset, "n": self.n, "stage": self.stage}
-        out |= {"model": self.model, "chance": self.chance, "constant": self.constant}
-        return out | {"rows": self.answers.rows, "paper": self.paper}
+        out |= {name: known(row) for name, row in rows.items()}
+        return out | {"rows": {name: known(row) for name, row in self.answers.rows.items()}}
 
     def __str__(self) -> str:
         rows = {k if k != "model" else "this model": v for k, v in self.answers.rows.items()} | {
@@ -480,6 +483,11 @@ class Report:
                 f"  {x:>{len(c)}}" for x, c in zip(cells, columns, strict=True)
             ))  # fmt: skip
         return "\n".join(lines)
+
+
+def known(row: dict[str, float]) -> dict[str, float | None]:
+    """Write what could not be measured (NaN) as None, for JSON has no NaN."""
+    return {k: None if x != x else x for k, x in row.items()}
 
 
 def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> Report:

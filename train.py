@@ -76,7 +76,7 @@ class LoopConfig:
 
     data: str = opt("toy", "folder laid out as data.py says; `toy` is written", "data", "DIR")
     features: str | None = opt(
-        None, "features elsewhere: a folder of .npy or shards", metavar="DIR"
+        None, "features elsewhere: a folder of .npy or shards, or a .pickle", metavar="DIR|FILE"
     )
     skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
     workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
@@ -354,6 +354,8 @@ def memory_mib(device: torch.device) -> float:
     """Return the peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():  # ru_maxrss would count the parent's too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 

@@ -300,3 +300,18 @@ def test_constants_and_chance_by_hand(small, small_toy):
     assert constant(task, tokenizer, Options())[1]["accuracy"] == max(
         right.count(k) for k in range(5)
     ) / len(right)
+
+
+def test_what_could_not_be_measured_is_null_and_no_training_text_is_no_error(small, small_toy):
+    """A test of background alone; captions where no training clip has features."""
+    model, tokenizer, _ = small
+    model = copy.deepcopy(model)
+    task = open_task("segmentation", small_toy, open_features(small_toy))
+    model.set_labels(task.labels)
+    task.test = [dataclasses.replace(x, truth=np.zeros_like(x.truth)) for x in task.test]
+    found = evaluate(model, tokenizer, task, Options()).to_json()
+    assert found["model"]["without background"] is None and json.dumps(found, allow_nan=False)
+    task = open_task("captioning", small_toy, open_features(small_toy))
+    task.train = []
+    assert chance(task, tokenizer, Options())["BLEU-4"] < 1e-3
+    assert constant(task, tokenizer, Options())[1]["BLEU-4"] < 1e-3
