@@ -1,0 +1,97 @@
+"""The measurements: what is compared is the same thing, and the rows are as promised."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import bench
+from bench import operations, padded_loss, paper_batch
+from vlm import VLM, VLMConfig
+
+SMALL = dict(hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=1)
+
+
+def test_the_padded_reading_is_the_same_loss_with_the_same_gradients():
+    """In float64: value, and the gradient of every parameter that Eq. 9 reads."""
+    torch.manual_seed(0)
+    model = VLM(VLMConfig(vocab_size=1200, initializer_range=0.2, **SMALL)).double().eval()
+    batch = paper_batch(5, model.config)
+    batch.video = batch.video.double()
+    params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
+    a, b = padded_loss(model, batch), model.pretrain_loss(batch).value()
+    assert abs(a - b) < 1e-5 * b  # the padded one takes its softmax in fp32
+    for x, y in zip(torch.autograd.grad(a, params), torch.autograd.grad(b, params), strict=True):
+        assert torch.allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+def test_batches_have_the_lengths_of_the_paper():
+    """U{8..64} word pieces, of which 61 fit, at 2.4 a second."""
+    batch = paper_batch(2000, VLMConfig())
+    pieces, seconds = batch.text_valid.sum(1) - 1, batch.video_valid.sum(1)
+    assert pieces.min() == 8 and pieces.max() == 61
+    assert abs(pieces.float().mean() - 35.9) < 1.5  # 4 standard errors of U{8..64}, cut at 61
+    assert (
+        torch.equal(seconds, (pieces / 2.4).ceil().long().clamp(max=32))
+        or (seconds - pieces / 2.4).abs().max() < 2
+    )
+
+
+def test_operations_are_counted_by_hand():
+    """One clip of 2 seconds and 3 pieces, one token hidden: every matrix product on paper."""
+    c = VLMConfig(vocab_size=1200, video_dim=5, **SMALL)
+    batch = paper_batch(1, c)
+    keep = slice(0, 1)
+    batch.video_valid = torch.tensor([[True, True]])
+    batch.text_valid = torch.tensor([[True, True, True, True]])
+    batch.video_hidden = torch.tensor([[True, False]])
+    batch.text_hidden = torch.zeros(1, 4, dtype=torch.bool)
+    batch.video = torch.zeros(1, 2, 5)[keep]
+    layer = 4 * 24 * 24 + 2 * 24 * 32
+    forward = 8 * layer + (24 * 24 + 24 * (1200 + 1)) + 2 * (5 * 24 + 24 * 24)
+    assert operations(batch, c) == 3 * 2 * forward
+
+
+def test_rows_are_ratios_in_which_more_is_better():
+    faster = bench.row("x", "speed", 2.0, 6.0, "clips/s", higher=True)
+    smaller = bench.row("x", "memory", 6.0, 2.0, "MiB")
+    assert faster["ratio"] == smaller["ratio"] == 3.0
+    assert set(faster) == {"name", "what", "a", "b", "unit", "ratio"}
+
+
+def test_both_are_timed_in_turn():
+    """After one run of each, a, b, a, b ..: as many of each as asked."""
+    seen = []
+    bench.in_turn(lambda: seen.append("a"), lambda: seen.append("b"), 3)
+    assert "".join(seen) == "abababab"
+
+
+@pytest.mark.parametrize("name", ["encode", "data"])
+def test_commands_write_their_rows(tmp_path, capsys, name, monkeypatch):
+    """The short ones, with one layer; times are not tested."""
+    monkeypatch.setattr(bench, "start_ranks", lambda: None)
+    path = tmp_path / "rows.json"
+    assert bench.main([name, "--layers", "1", "--repeat", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [r["name"] for r in rows] == [name] and rows[0]["ratio"] > 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_searching_again_finds_what_generate_finds():
+    """Greedy, for with beams the forced [SEP] may decide at the end, which is not read again."""
+    torch.manual_seed(0)
+    model = VLM(VLMConfig(vocab_size=300, initializer_range=0.3, **SMALL)).eval()
+    model.cls["predictions"].bias.data[[0, 100, 101, 102, 103]] = -1e4
+    video, valid = torch.randn(2, 4, 512), torch.ones(2, 4, dtype=torch.bool)
+    again = bench.search_again(model, video, valid, 1, 5)
+    found = model.generate(video, valid, 1, 5)
+    assert [w[1:6].tolist() for w in again[:, 0]] == found
+
+
+@pytest.mark.slow
+def test_a_step_is_measured(capsys):
+    """All rows of `step`, one layer and four clips, its child processes included."""
+    rows = bench.step(argparse.Namespace(batch=4, layers=1, repeat=1))
+    assert {"memory", "step fp32", "ceiling fp32"} <= {r["name"] for r in rows}
+    assert all(r["ratio"] > 0 for r in rows)
