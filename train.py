@@ -16,6 +16,7 @@ clip) alone, so nothing random has to be saved.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -804,6 +805,7 @@ def cli() -> int:
 def close() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        gc.collect()  # what still holds the group would end it too late, and abort the process
         dist.destroy_process_group()
 
 

@@ -3,13 +3,12 @@
 import sys
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
 from tasks import DATASETS, open_task
-from train import Objective, TrainConfig, build, settle, start_ranks
+from train import Objective, TrainConfig, build, close, settle, start_ranks
 
 
 def pre_training(data: str, loss: str, ranks, batch: int):
@@ -53,4 +52,4 @@ if __name__ == "__main__":
     grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
     if ranks.rank == 0:
         torch.save({"grads": grads, "loss": total}, sys.argv[3])
-    dist.destroy_process_group()
+    close()
