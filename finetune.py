@@ -354,6 +354,7 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
         again = f"torchrun finetune.py {cfg.task} --resume --out {out}"
         ranks.say(f"stopped at step {reached}; to go on: {again}")
         return {"final": False, "steps": reached}
+    ranks.wait()  # rank 0 writes the best weights, all read them
     if best.at:
         model.load_state_dict(read_tensors(out / "model.safetensors"))
         ranks.say(f"\nthe best epoch ended with step {best.at}")

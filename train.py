@@ -216,6 +216,11 @@ class Ranks:
             dist.broadcast_object_list(box)
         return box[0]
 
+    def wait(self) -> None:
+        """Let every rank come here before any goes on."""
+        if self.world > 1:
+            dist.barrier()
+
     def say(self, line: str) -> None:
         """Print on rank 0."""
         if self.rank == 0:
@@ -718,8 +723,7 @@ def begin(cfg: LoopConfig, ranks: Ranks) -> None:
     if ranks.rank == 0 and is_toy(cfg.data) and not Path(cfg.data).exists():
         write_toy(cfg.data)
         ranks.say(f"toy world written to {cfg.data}/")
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.wait()
 
 
 def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
