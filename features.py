@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from benchmarks import DataError
+from weights import first_line
 
 
 class FeatureStore:
@@ -160,8 +161,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
     except DataError as error:
         raise DataError(f"{path}: refused: {error}") from None
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: not a whole pickle ({first})") from None
+        raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
     good = isinstance(found, dict) and found and all(isinstance(k, str) for k in found)
     if not good or not all(isinstance(x, np.ndarray) for x in found.values()):
         raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")

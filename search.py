@@ -7,7 +7,6 @@ a video ranks by its best window. Similarity: the centred cosine (-1..1) before 
 product (unbounded) after, as sec. 4.1 trains it.
 """
 
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from data import FeatureStore, lay_out_video
 from eval import embed_texts, spaces
+from tasks import spans
 from vlm import VLM
 
 
@@ -52,9 +52,7 @@ def embed_windows(
     M, device = model.config.max_video_len, model.video_mean.device
     cut = []
     for video in videos:
-        n = len(features.open(video))
-        count = 1 + max(0, math.ceil((n - M) / stride))
-        cut += [(video, i * stride, min(n, i * stride + M)) for i in range(count)]
+        cut += [(video, *span) for span in spans(len(features.open(video)), M, stride)]
     out, shown = [], time.monotonic()
     for i in range(0, len(cut), size):
         part = cut[i : i + size]

@@ -199,6 +199,16 @@ def _question(items: list[Item], i: int, rng: np.random.Generator) -> Item:
 # Whole videos: action segmentation, action step localization
 
 
+def spans(n: int, length: int, stride: int) -> list[tuple[int, int]]:
+    """Cut n seconds into spans [start, end) of `length`, one every `stride`, up to the end.
+
+    >>> spans(50, 32, 16), spans(7, 32, 16)
+    ([(0, 32), (16, 48), (32, 50)], [(0, 7)])
+    """
+    count = 1 + max(0, math.ceil((n - length) / stride))
+    return [(i * stride, min(n, i * stride + length)) for i in range(count)]
+
+
 def windows(item: Item, stride: int) -> list[Item]:
     """Cut a video into windows of 32 s, one every `stride` s; the last one reaches its end.
 
@@ -206,9 +216,7 @@ def windows(item: Item, stride: int) -> list[Item]:
     >>> [(int(w.clip.start), int(w.clip.end)) for w in windows(item, 16)]
     [(0, 32), (16, 48), (32, 50)]
     """
-    n = len(item.truth)
-    count = 1 + max(0, math.ceil((n - WINDOW) / stride))
-    cut = [(i * stride, min(n, i * stride + WINDOW)) for i in range(count)]
+    cut = spans(len(item.truth), WINDOW, stride)
     return [
         Item(replace(item.clip, start=float(a), end=float(b)), item.texts, truth=item.truth[a:b])
         for a, b in cut

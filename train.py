@@ -60,6 +60,7 @@ from vlm import (
     save_run,
     write_aside,
 )
+from weights import first_line
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -586,8 +587,7 @@ def read_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path}: no checkpoint to resume from") from None
     except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a whole checkpoint ({first})") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
     if not isinstance(state, dict) or {"model", "optimizer", "step", "config"} - set(state):
         raise ValueError(f"{path}: not a checkpoint of train.py")
     return state

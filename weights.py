@@ -208,6 +208,7 @@ def read_mmpt(path: str | Path) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("constants.pkl") for name in archive.namelist()):
                     raise ValueError("it is a TorchScript program")
+        # not torch's own unpickler, which would run the file, but Harmless: see _Pickle
         found = torch.load(path, map_location="cpu", pickle_module=_Pickle, weights_only=False)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
