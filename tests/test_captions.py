@@ -573,6 +573,16 @@ def test_meteor_score_by_hand():
     assert meteor_score([4, 4, 0, 0, 4, 4, 0, 0] + [0] * 12 + [1, 4, 4]) == 1
 
 
+@pytest.mark.parametrize("stage, credit", [(0, 1.0), (1, 0.6), (2, 0.8), (3, 0.6)])
+@pytest.mark.parametrize("function", [False, True])
+def test_each_stage_has_its_own_credit(stage, credit, function):
+    """Four words on each side, all matched by one stage in one chunk: P = R = F = its credit."""
+    stats = [4, 4, 4 * function, 4 * function] + [0] * 16 + [1, 4, 4]
+    first = 4 + 4 * stage + 2 * function
+    stats[first : first + 2] = [4, 4]
+    assert meteor_score(stats) == pytest.approx(credit, abs=1e-15)
+
+
 def test_corpus_meteor_is_the_score_of_the_sums():
     """Not the mean; a perfect item adds no chunk; of several references the best counts."""
     corpus, items = meteor_scores(["a b c", "d x"], [["a c b", "a b c"], ["d y"]])
