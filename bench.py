@@ -33,8 +33,8 @@ from torch import Tensor
 
 from data import Corpus, hide, lay_out, open_captions, open_corpus, open_features, special_ids
 from data import uniforms as numbers_a_clip
+from loop import memory_mib, start_ranks
 from toy import OBJECTS, TOOLS, VERBS, write_toy
-from train import memory_mib, start_ranks
 from vlm import VLM, Batch, VLMConfig, attention_mask, load_tokenizer, run
 
 # ---------------------------------------------------------------------------------------------

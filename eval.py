@@ -27,9 +27,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import captions
+import pictures
+import search
 from benchmarks import Clip
 from captions import caption_scores
-from data import Corpus, FeatureStore, encode, open_features, pairs
+from data import Corpus, FeatureStore, pairs
+from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces
 from tasks import DATASETS, Item, Task, open_task
 from vlm import VLM, load_run, nce, run
 
@@ -135,48 +138,6 @@ def recall(hits: Iterable[tuple[str, float, int]]) -> float:
     return float(np.mean([hit[task] / shown[task] for task in shown]))
 
 
-# ---------------------------------------------------------------------------------------------
-# Embedding
-
-
-@torch.no_grad()
-def embed_clips(
-    model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip], size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Embed each clip's text and video apart (sec. 4.1), `size` clips at a time: (N, D), (N, D)."""
-    device = model.video_mean.device
-    text, video = [], []
-    for i in range(0, len(clips), size):
-        batch = pairs(features, clips[i : i + size], tokenizer, model.config).to(device)
-        text.append(model.embed_text(batch.text, batch.text_valid).float().cpu())
-        video.append(model.embed_video(batch.video, batch.video_valid).float().cpu())
-    return torch.cat(text), torch.cat(video)
-
-
-@torch.no_grad()
-def embed_texts(model: VLM, tokenizer: Tokenizer, texts: list[str], size: int = 256) -> Tensor:
-    """Embed texts without any video, `size` at a time: (N, D)."""
-    out = []
-    for i in range(0, len(texts), size):
-        text = encode(texts[i : i + size], tokenizer, model.config)
-        out.append(model.embed_text(*(x.to(model.video_mean.device) for x in text)).float().cpu())
-    return torch.cat(out)
-
-
-@torch.no_grad()
-def read_video(model: VLM, features: FeatureStore, video: str, stride: int | None = None) -> Tensor:
-    """Encode a whole video without any text, by windows if it is long: h (seconds, D)."""
-    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
-    x = x.to(model.video_mean.device)
-    return model.encode_video(x, torch.ones_like(x[:, :, 0], dtype=torch.bool), stride)[0, :-1]
-
-
-def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Take away each modality's mean over training clips and scale to length 1."""
-    text, video = text - model.text_mean.cpu(), video - model.video_mean.cpu()
-    return (torch.nn.functional.normalize(x, dim=1) for x in (text, video))
-
-
 def zero_shot_retrieval(
     model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip]
 ) -> dict[str, dict[str, float]]:
@@ -217,14 +178,6 @@ class Options:
     tokenizer: str = "bert"
     meteor_data: str | None = None
     stride: int = 16
-
-
-def spaces(model: VLM, text: Tensor, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the spaces to compare in: the paper's and, before fine-tuning, the centred one."""
-    out = {"dot product": (text, video)}
-    if model.config.stage == "pre-trained":
-        out["centred cosine"] = tuple(centre(model, text, video))
-    return out
 
 
 def answer_retrieval(model, tokenizer, features, items: list[Item], options: Options) -> Answers:
@@ -546,7 +499,7 @@ def validate(
 
     Args:    corpus: held-out videos. loss: "vlm" or "mfm-mlm". batch: clips over all ranks.
              mmm: share of clips that lose a whole modality; at 1 every hidden token has to be read
-             from the other modality. ranks: train.Ranks. batches: how many.
+             from the other modality. ranks: loop.Ranks. batches: how many.
     Returns: nats a token, {"model" | "constant" | "chance": {"video", "text", "loss"}}. Constant:
              one prediction for all words (their own frequencies in these very clips, so that no
              other can beat it) and one for all seconds (the mean video token, at the best of
@@ -647,94 +600,6 @@ def task_command(name: str, args: argparse.Namespace) -> int:
     return 0
 
 
-PICTURES = {
-    "heads": "Draw attention heads of a clip, with its words and seconds (Figure 4).",
-    "space": "Draw video tokens and word embeddings in two dimensions (sec. 5.5.2).",
-    "curves": "Draw the loss and the validation metric of a run by step.",
-}
-
-
-def add_picture_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Declare one picture's flags."""
-    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
-    parser.add_argument("--plot", required=True, metavar="FILE.png", help="picture to write")
-    if name != "curves":
-        parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
-        parser.add_argument("--features", metavar="DIR", help="features elsewhere")
-        parser.add_argument("--dataset", choices=DATASETS["retrieval"], help="default: the first")
-    if name == "heads":
-        parser.add_argument("--item", type=int, default=0, metavar="N", help="which test clip (0)")
-
-
-def picture_command(name: str, args: argparse.Namespace) -> int:
-    """Draw one picture."""
-    import pictures  # it reads what this file defines
-
-    if name == "curves":
-        pictures.plot_curves(args.run, args.plot)
-    else:
-        model, tokenizer = load_run(args.run)
-        features = fitting_features(args, model)
-        clips = [x.clip for x in open_task("retrieval", args.data, features, args.dataset).test]
-        if name == "space":
-            pictures.plot_space(model, tokenizer, features, clips, args.plot)
-        elif not 0 <= args.item < len(clips):
-            raise ValueError(f"--item is {args.item}, wanted 0..{len(clips) - 1}")
-        else:
-            clip = clips[args.item]
-            chosen = pictures.plot_heads(model, tokenizer, features, clip, args.plot)
-            print(f"{clip.video}: {clip.text}")
-            print("layer, head: " + "; ".join(f"{layer}, {head}" for layer, head in chosen))
-    print(f"written to {args.plot}")
-    return 0
-
-
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the search's flags."""
-    parser.add_argument("query", help='what to look for, in words: "pour the sauce over it"')
-    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
-    parser.add_argument("--features", required=True, metavar="DIR|FILE", help="features to search")
-    parser.add_argument("--within", metavar="VIDEO", help="rank the windows of this video alone")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows to print (10)")
-    parser.add_argument("--stride", type=int, metavar="N", help="seconds between windows (16)")
-    parser.add_argument("--json", metavar="FILE", help="write all rows, ranked, as JSON")
-
-
-def search_command(args: argparse.Namespace) -> int:
-    """Rank one's own videos, or the windows of one of them, by a sentence."""
-    from search import best_of_each, search  # it reads what this file defines
-
-    if args.top < 1:
-        raise ValueError(f"--top is {args.top}, wanted at least 1")
-    model, tokenizer = load_run(args.run)
-    features = fitting_features(args, model)
-    videos = None if args.within is None else [args.within]
-    found = search(model, tokenizer, features, args.query, videos, args.stride)
-    rows = found if args.within is not None else best_of_each(found)
-    what = (
-        f"windows of {args.within}" if args.within is not None else "videos, by their best window"
-    )
-    print(f"{len(rows)} {what}")
-    wide = max(len(m.video) for m in rows[: args.top])
-    for n, m in enumerate(rows[: args.top], 1):
-        print(f"{n:>4}  {m.video:{wide}}  {m.when}  {m.score:8.3f}")
-    if args.json:
-        table = [dataclasses.asdict(m) | {"when": m.when} for m in rows]
-        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
-    return 0
-
-
-def fitting_features(args: argparse.Namespace, model: VLM) -> FeatureStore:
-    """Open the features and check that the model reads such."""
-    features = open_features(getattr(args, "data", "."), args.features)
-    if features.width != model.config.video_dim:
-        raise ValueError(
-            f"features are {features.width} wide, the run {args.run} reads "
-            f"{model.config.video_dim}: pass --features of that width"
-        )
-    return features
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one of this file's commands."""
     parser = argparse.ArgumentParser(
@@ -746,18 +611,18 @@ def main(argv: list[str] | None = None) -> int:
         add_task_arguments(a, name)
     a = commands.add_parser("captions", allow_abbrev=False, help="Score captions from files.")
     captions.add_arguments(a)
-    for name, about in PICTURES.items():
+    for name, about in pictures.PICTURES.items():
         a = commands.add_parser(name, allow_abbrev=False, help=about)
-        add_picture_arguments(a, name)
+        pictures.add_arguments(a, name)
     a = commands.add_parser("search", allow_abbrev=False, help="Find moments by a sentence.")
-    add_search_arguments(a)
+    search.add_arguments(a)
     args = parser.parse_args(argv)
     if args.command == "captions":
         return captions.command(args)
     if args.command == "search":
-        return search_command(args)
-    if args.command in PICTURES:
-        return picture_command(args.command, args)
+        return search.command(args)
+    if args.command in pictures.PICTURES:
+        return pictures.command(args.command, args)
     return task_command(args.command, args)
 
 

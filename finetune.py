@@ -32,25 +32,9 @@ from torch import Tensor
 
 from data import encode, generator, open_features, pairs
 from eval import ANSWER, Options, evaluate
+from loop import Log, LoopConfig, Ranks, clock, close, fit, opt, parse, start_ranks
 from tasks import DATASETS, WINDOW, Item, Task, open_task
-from train import (
-    Log,
-    LoopConfig,
-    Ranks,
-    begin,
-    clock,
-    close,
-    fill_in,
-    fit,
-    is_toy,
-    make_model,
-    newest_run,
-    opt,
-    parse,
-    run_directory,
-    settle,
-    start_ranks,
-)
+from train import begin, fill_in, is_toy, make_model, newest_run, run_directory, settle
 from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run
 
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 Letters as in vlm.py.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from benchmarks import Clip
 from data import FeatureStore, pairs
-from vlm import VLM, Batch
+from search import fitting_features
+from tasks import DATASETS, open_task
+from vlm import VLM, Batch, load_run
 
 BLUE, ORANGE, GREY = "#2060a0", "#d06020", "#808080"
 
@@ -209,3 +212,46 @@ def plot_curves(run: str | Path, path: str) -> None:
         axis.set_title("held-out videos, after each epoch")
     save(figure, path)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# python eval.py heads | space | curves
+
+PICTURES = {
+    "heads": "Draw attention heads of a clip, with its words and seconds (Figure 4).",
+    "space": "Draw video tokens and word embeddings in two dimensions (sec. 5.5.2).",
+    "curves": "Draw the loss and the validation metric of a run by step.",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare one picture's flags."""
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--plot", required=True, metavar="FILE.png", help="picture to write")
+    if name != "curves":
+        parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
+        parser.add_argument("--features", metavar="DIR", help="features elsewhere")
+        parser.add_argument("--dataset", choices=DATASETS["retrieval"], help="default: the first")
+    if name == "heads":
+        parser.add_argument("--item", type=int, default=0, metavar="N", help="which test clip (0)")
+
+
+def command(name: str, args: argparse.Namespace) -> int:
+    """Draw one picture."""
+    if name == "curves":
+        plot_curves(args.run, args.plot)
+    else:
+        model, tokenizer = load_run(args.run)
+        features = fitting_features(args, model)
+        clips = [x.clip for x in open_task("retrieval", args.data, features, args.dataset).test]
+        if name == "space":
+            plot_space(model, tokenizer, features, clips, args.plot)
+        elif not 0 <= args.item < len(clips):
+            raise ValueError(f"--item is {args.item}, wanted 0..{len(clips) - 1}")
+        else:
+            clip = clips[args.item]
+            chosen = plot_heads(model, tokenizer, features, clip, args.plot)
+            print(f"{clip.video}: {clip.text}")
+            print("layer, head: " + "; ".join(f"{layer}, {head}" for layer, head in chosen))
+    print(f"written to {args.plot}")
+    return 0

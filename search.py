@@ -1,4 +1,4 @@
-"""Find moments in one's own videos by a sentence (sec. 4.1): features in, times and scores out.
+"""Embed texts and videos apart (sec. 4.1), and find moments in one's own videos by a sentence.
 
     python eval.py search --run RUN --features FEATURES "pour the sauce over it"
 
@@ -7,19 +7,87 @@ a video ranks by its best window. Similarity: the centred cosine (-1..1) before 
 product (unbounded) after, as sec. 4.1 trains it.
 """
 
+import argparse
+import dataclasses
+import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import FeatureStore, lay_out_video
-from eval import embed_texts, spaces
+from benchmarks import Clip
+from data import FeatureStore, encode, lay_out_video, open_features, pairs
 from tasks import spans
-from vlm import VLM
+from vlm import VLM, load_run
+
+# ---------------------------------------------------------------------------------------------
+# Texts and videos, embedded apart
+
+
+@torch.no_grad()
+def embed_clips(
+    model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip], size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Embed each clip's text and video apart (sec. 4.1), `size` clips at a time: (N, D), (N, D)."""
+    device = model.video_mean.device
+    text, video = [], []
+    for i in range(0, len(clips), size):
+        batch = pairs(features, clips[i : i + size], tokenizer, model.config).to(device)
+        text.append(model.embed_text(batch.text, batch.text_valid).float().cpu())
+        video.append(model.embed_video(batch.video, batch.video_valid).float().cpu())
+    return torch.cat(text), torch.cat(video)
+
+
+@torch.no_grad()
+def embed_texts(model: VLM, tokenizer: Tokenizer, texts: list[str], size: int = 256) -> Tensor:
+    """Embed texts without any video, `size` at a time: (N, D)."""
+    out = []
+    for i in range(0, len(texts), size):
+        text = encode(texts[i : i + size], tokenizer, model.config)
+        out.append(model.embed_text(*(x.to(model.video_mean.device) for x in text)).float().cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def read_video(model: VLM, features: FeatureStore, video: str, stride: int | None = None) -> Tensor:
+    """Encode a whole video without any text, by windows if it is long: h (seconds, D)."""
+    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
+    x = x.to(model.video_mean.device)
+    return model.encode_video(x, torch.ones_like(x[:, :, 0], dtype=torch.bool), stride)[0, :-1]
+
+
+def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Take away each modality's mean over training clips and scale to length 1."""
+    text, video = text - model.text_mean.cpu(), video - model.video_mean.cpu()
+    return (torch.nn.functional.normalize(x, dim=1) for x in (text, video))
+
+
+def spaces(model: VLM, text: Tensor, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the spaces to compare in: the paper's and, before fine-tuning, the centred one."""
+    out = {"dot product": (text, video)}
+    if model.config.stage == "pre-trained":
+        out["centred cosine"] = tuple(centre(model, text, video))
+    return out
+
+
+def fitting_features(args: argparse.Namespace, model: VLM) -> FeatureStore:
+    """Open the features and check that the model reads such."""
+    features = open_features(getattr(args, "data", "."), args.features)
+    if features.width != model.config.video_dim:
+        raise ValueError(
+            f"features are {features.width} wide, the run {args.run} reads "
+            f"{model.config.video_dim}: pass --features of that width"
+        )
+    return features
+
+
+# ---------------------------------------------------------------------------------------------
+# Search
 
 
 @dataclass(frozen=True)
@@ -99,3 +167,40 @@ def best_of_each(found: list[Moment]) -> list[Moment]:
     for moment in found:
         seen.setdefault(moment.video, moment)
     return list(seen.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# python eval.py search
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the search's flags."""
+    parser.add_argument("query", help='what to look for, in words: "pour the sauce over it"')
+    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--features", required=True, metavar="DIR|FILE", help="features to search")
+    parser.add_argument("--within", metavar="VIDEO", help="rank the windows of this video alone")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows to print (10)")
+    parser.add_argument("--stride", type=int, metavar="N", help="seconds between windows (16)")
+    parser.add_argument("--json", metavar="FILE", help="write all rows, ranked, as JSON")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Rank one's own videos, or the windows of one of them, by a sentence."""
+    if args.top < 1:
+        raise ValueError(f"--top is {args.top}, wanted at least 1")
+    model, tokenizer = load_run(args.run)
+    features = fitting_features(args, model)
+    videos = None if args.within is None else [args.within]
+    found = search(model, tokenizer, features, args.query, videos, args.stride)
+    rows = found if args.within is not None else best_of_each(found)
+    what = (
+        f"windows of {args.within}" if args.within is not None else "videos, by their best window"
+    )
+    print(f"{len(rows)} {what}")
+    wide = max(len(m.video) for m in rows[: args.top])
+    for n, m in enumerate(rows[: args.top], 1):
+        print(f"{n:>4}  {m.video:{wide}}  {m.when}  {m.score:8.3f}")
+    if args.json:
+        table = [dataclasses.asdict(m) | {"when": m.when} for m in rows]
+        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
+    return 0

@@ -30,8 +30,8 @@ from eval import (
     set_means,
     validate,
 )
+from loop import Ranks
 from tasks import DATASETS, open_task
-from train import Ranks
 from vlm import VLM, VLMConfig, load_tokenizer
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,10 @@ from benchmarks import DataError
 from data import open_features
 from eval import Options, evaluate
 from finetune import LOSS, TuneConfig, collate, contrast, count, draw_items, main, quality
+from loop import Ranks
 from tasks import DATASETS, open_task
 from tests.two_ranks import gradients
-from train import Ranks, TrainConfig
+from train import TrainConfig
 from vlm import load_run, read_tensors
 
 REPO = Path(__file__).resolve().parents[1]
@@ -269,7 +271,7 @@ def test_features_of_another_width_get_a_new_video_mlp(small_toy, pre_trained, t
     """A run that read 64 columns is taken over to features of 5, its BERT as it was."""
     world = shutil.copytree(small_toy, tmp_path / "world")
     for path in (world / "features").glob("*.npy"):
-        train.np.save(path, train.np.load(path)[:, :5])
+        np.save(path, np.load(path)[:, :5])
     main(config(world, pre_trained, tmp_path / "run", "qa"))
     assert "features are 5 wide, the run" in capsys.readouterr().out
     assert load_run(tmp_path / "run")[0].config.video_dim == 5

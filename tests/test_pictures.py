@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import pictures
 import train
 from data import open_features, pairs
 from pictures import attention, crossing, plane
@@ -72,7 +73,7 @@ def test_plane_keeps_the_widest_directions():
     assert sum(share) == pytest.approx(1) and share[0] >= share[1]
 
 
-@pytest.mark.parametrize("name", list(evaluation.PICTURES))
+@pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_pictures_are_written_1200_pixels_wide(small_toy, a_run, tmp_path, name, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     args = [name, "--run", str(a_run), "--plot", str(tmp_path / "x.png")]

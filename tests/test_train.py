@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+import loop
 import train
+from loop import Ranks, learning_rate, parse
 from tests.two_ranks import gradients
-from train import Ranks, TrainConfig, learning_rate, main, parse
+from train import TrainConfig, main
 from vlm import load_run
 
 REPO = Path(__file__).resolve().parents[1]
@@ -86,7 +88,7 @@ def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_to
 
     cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY | {"steps": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.nn.utils, "clip_grad_norm_", spy)
+        patch.setattr(loop.nn.utils, "clip_grad_norm_", spy)
         main(dataclasses.replace(cfg, accumulate=4))
     cfg = train.settle(dataclasses.replace(cfg, out=None), set())
     model, _, data = train.build(cfg, print)
@@ -215,7 +217,7 @@ def test_every_precision_learns(small_toy, tmp_path, precision):
 
 def poison(monkeypatch, bad: set[int]) -> None:
     """Make the video of some steps infinite, past the store's own check."""
-    get = train.Steps.__getitem__
+    get = loop.Steps.__getitem__
 
     def spoil(self, i):
         batch = get(self, i)
@@ -223,7 +225,7 @@ def poison(monkeypatch, bad: set[int]) -> None:
             batch.video = batch.video * math.inf
         return batch
 
-    monkeypatch.setattr(train.Steps, "__getitem__", spoil)
+    monkeypatch.setattr(loop.Steps, "__getitem__", spoil)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, monkeypatch):

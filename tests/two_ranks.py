@@ -7,8 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
+from loop import Objective, close, start_ranks
 from tasks import DATASETS, open_task
-from train import Objective, TrainConfig, build, close, settle, start_ranks
+from train import TrainConfig, build, settle
 
 
 def pre_training(data: str, loss: str, ranks, batch: int):

@@ -1,0 +1,544 @@
+"""The loop of train.py and finetune.py (sec. 5.2): settings, ranks, steps, checkpoints, log.
+
+The loss divides by the hidden tokens of the whole step, and V' (Eq. 9) joins all ranks: 1, 2 or 8
+ranks train the same model. What is drawn at random depends on (seed, step) or (seed, epoch, video,
+clip) alone, so nothing random has to be saved.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import signal
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import DataError
+from vlm import VLM, Batch, LossSums
+from weights import first_line, write_aside
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+def opt(default, text: str, group: str = "", metavar: str | None = None, choices=None, at=None):
+    """Declare a setting: its help text, and the group that begins with it; at=1: a bare word."""
+    metadata = {"help": text, "group": group, "metavar": metavar, "choices": choices, "at": at}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class LoopConfig:
+    """What pre-training and fine-tuning are both told; what is left at None is filled in later."""
+
+    data: str = opt("toy", "folder laid out as data.py says; `toy` is written", "data", "DIR")
+    features: str | None = opt(
+        None, "features elsewhere: a folder of .npy or shards, or a .pickle", metavar="DIR|FILE"
+    )
+    skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
+    workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
+
+    bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
+    scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
+    init: str | None = opt(None, "start from the weights of this run", metavar="RUN")
+    dropout: float | None = opt(None, "hidden and attention dropout (toy 0; else the model's own)")
+
+    steps: int | None = opt(None, "steps (default: what --epochs give)", "optimisation")
+    epochs: float | None = opt(None, "passes over what is trained on (paper: 15)")
+    batch: int | None = opt(None, "clips a step, over ranks and micro-batches (paper: 256)")
+    accumulate: int = opt(1, "micro-batches a step; each has its own negatives, V' and clips")
+    lr: float | None = opt(None, "peak rate (paper: 5e-5; narrower models more, 1e-3 at width 128)")
+    warmup: int | None = opt(None, "steps of linear warm-up, at most a tenth of all by default")
+    decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
+    clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
+    precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
+                         choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
+    compile: bool = opt(False, "compile the encoder's layers: minutes first, faster steps after")
+    seed: int = opt(0, "another seed: other weights, clips, masks and dropout")
+
+    out: str | None = opt(None, "run directory (default: a new one in runs/)", "the run", "RUN")
+    resume: bool = opt(False, "go on with the run at --out; flags given again replace its own")
+    save_every: int = opt(500, "steps between checkpoints")
+    log_every: int | None = opt(None, "steps between log lines (default: a fiftieth of the run)")
+    json: str | None = opt(None, "write the final summary to this file too", metavar="FILE")
+
+    def __post_init__(self):
+        positive = ("steps", "epochs", "batch", "accumulate", "save_every", "log_every",
+                    "decay_steps", "lr", "clip")  # fmt: skip
+        for name in (*positive, *self.POSITIVE):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+        if self.bert and self.init:
+            raise ValueError("--bert and --init both give weights: choose one")
+        if self.scratch and not self.bert:
+            raise ValueError("--scratch wants the sizes and vocabulary of --bert DIR")
+
+    POSITIVE = ()
+
+    @property
+    def name(self) -> str:
+        """Name a run after its data."""
+        return Path(self.data).resolve().name
+
+
+def parse(Config: type, argv: list[str] | None = None, description: str = "") -> tuple:
+    """Turn a config dataclass into a command line.
+
+    Returns: (config, names of the settings that were given on the command line).
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    group, groups = parser, {}
+    for field in dataclasses.fields(Config):
+        about = field.metadata
+        if name := about["group"]:
+            group = groups[name] = groups.get(name) or parser.add_argument_group(name)
+        if about["at"]:
+            parser.add_argument(field.name, help=about["help"], choices=about["choices"])
+            continue
+        kind = (typing.get_args(field.type) or (field.type,))[0]
+        shown = "" if field.default in (None, False) else f" (default: {field.default})"
+        how = dict(help=about["help"] + shown, default=argparse.SUPPRESS)
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif about["choices"]:
+            how["choices"] = about["choices"]
+        else:
+            how |= dict(type=kind, metavar=about["metavar"] or {int: "N", float: "X"}[kind])
+        group.add_argument("--" + field.name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    return Config(**given), set(given)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass
+class Ranks:
+    """Who this process is among those that torchrun started; one alone without torchrun."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Join x (P, D) of all ranks, in rank order, gradients included: (sum of P, D)."""
+        return _GatherRows.apply(x) if self.world > 1 else x
+
+    def share(self, value):
+        """Give every rank what rank 0 holds."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Let every rank come here before any goes on."""
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+def start_ranks() -> Ranks:
+    """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    # Every step has its own number of tokens, and oneDNN would keep code for 1,024 of them: 0.5 GB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        # torchrun gives each of several processes one thread, however many cores there are.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n))
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Ranks(rank, world, device)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Join the rows of all ranks; backward adds up what every rank's loss says about ours."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+        sizes = [int(n) for n in sizes]
+        ctx.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        room = x.new_zeros(max(1, *sizes), x.shape[1])  # every rank must send as many rows
+        room[: len(x)] = x
+        rooms = [torch.empty_like(room) for _ in range(world)]
+        dist.all_gather(rooms, room)
+        return torch.cat([r[:n] for r, n in zip(rooms, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        if len(grad):
+            dist.all_reduce(grad)
+        return grad[ctx.mine]
+
+
+class Objective(nn.Module):
+    """What DDP wraps: the model and the loss that is trained."""
+
+    def __init__(self, model: VLM, loss: Callable[[VLM, Batch], LossSums]):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Batch) -> LossSums:
+        return self.loss(self.model, batch)
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        gc.collect()  # what still holds the group would end it too late, and abort the process
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop, and what it needs
+
+
+def learning_rate(step: int, cfg: LoopConfig) -> float:
+    """Warm up linearly, then decay as a polynomial of degree 1 to 0 (sec. 5.2)."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    end = cfg.decay_steps or cfg.steps
+    return cfg.lr * max(0.0, (end - step) / max(1, end - cfg.warmup))
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Choose the autocast type: (dtype, why)."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32, "fp32, on a CPU"
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "bf16, which this GPU has"
+        return torch.float16, "fp16, for this GPU has no bf16"
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[name], f"{name}, as asked"
+
+
+class Steps(Dataset):
+    """The batches of steps start..stop on this rank, in order; a bad file is handed on as it is."""
+
+    def __init__(self, draw: Callable[[int, int], Batch], start: int, stop: int, accumulate: int):
+        self.draw, self.start, self.stop, self.accumulate = draw, start, stop, accumulate
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate
+
+    def __getitem__(self, i: int) -> Batch | DataError:
+        try:
+            step, micro = divmod(i, self.accumulate)
+            return self.draw(self.start + step, micro)
+        except DataError as error:  # raised in a worker it would lose its type
+            return error
+
+
+class Stop:
+    """Remember SIGTERM or SIGINT until the step is done: `with Stop() as stop: ... stop.asked`."""
+
+    def __enter__(self) -> "Stop":
+        self.asked = False
+        names = (signal.SIGTERM, signal.SIGINT)
+        self.before = {name: signal.signal(name, self) for name in names}
+        return self
+
+    def __call__(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+
+class Log:
+    """Print a line and write the same as a dict to log.jsonl, on rank 0."""
+
+    def __init__(self, path: Path, start: int, ranks: Ranks):
+        self.ranks = ranks
+        if ranks.rank == 0:
+            old = path.read_text().splitlines() if path.exists() and start else []
+            kept = [x for x in old if json.loads(x).get("step", start + 1) <= start]
+            path.write_text("".join(x + "\n" for x in kept))
+            self.file = open(path, "a", buffering=1)
+
+    def __call__(self, row: dict, line: str | None = None) -> None:
+        if self.ranks.rank == 0:
+            self.file.write(json.dumps(row) + "\n")
+        if line:
+            self.ranks.say(line)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Return the peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():  # ru_maxrss would count the parent's too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def clock(seconds: float) -> str:
+    """Write a duration.
+
+    >>> clock(75), clock(7500)
+    ('1:15', '2:05:00')
+    """
+    m, s = divmod(round(seconds), 60)
+    return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
+
+
+def fit(
+    cfg: LoopConfig,
+    ranks: Ranks,
+    model: VLM,
+    loss: Callable[[VLM, Batch], LossSums],
+    count: Callable[[Batch], tuple[Tensor | int, Tensor | int]],
+    draw: Callable[[int, int], Batch],
+    out: Path,
+    save: Callable[[], None],
+    check: Callable[[int, "Log"], bool] | None = None,
+) -> tuple[int, float]:
+    """Train from the last checkpoint, or the start, to cfg.steps.
+
+    Args:    loss: (model, batch) -> LossSums. count: batch -> the two counts that loss will have.
+             draw: (step, micro-batch) -> this rank's batch. out: the run directory.
+             save: writes the model there beside trainer.pt. check: (step, log) -> whether it
+             validated after that step, which is then saved too.
+    Returns: (step reached, seconds trained): fewer than cfg.steps when a signal asked to stop.
+    """
+    device, world = ranks.device, ranks.world
+    dtype, why = choose_precision(cfg.precision, device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
+    start, before = 0, 0.0
+    if (out / "trainer.pt").exists():
+        start, before = load_checkpoint(out / "trainer.pt", model, optimizer, scaler)
+        ranks.say(f"resumed at step {start}")
+    if cfg.compile:
+        for layer in model.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+    objective = Objective(model, loss)
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        objective = DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+    log, total = Log(out / "log.jsonl", start, ranks), Totals(device)
+    steps = Steps(draw, start, cfg.steps, cfg.accumulate)
+    processes = "1 process" if world == 1 else f"{world} processes"
+    ranks.say(f"training in {why}, {processes}, {sum(p.numel() for p in params):,} parameters")
+    model.train()
+    skipped = bad_in_a_row = 0
+    begun = since = time.monotonic()
+    done = logged = start
+
+    with Stop() as stop:
+        loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
+        for step in range(start, cfg.steps):
+            # ---- set lr; dropout depends on (seed, step, rank) alone
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, cfg)
+            torch.manual_seed(mix(cfg.seed, step, ranks.rank))
+
+            # ---- the step's batches and, over all ranks and micro-batches, how much they predict
+            batches = [whole(batch) for batch in itertools.islice(loader, cfg.accumulate)]
+            asked = [[int(n) for n in count(b)] for b in batches]
+            counts = [*map(sum, zip(*asked, strict=True)), int(stop.asked)]
+            video_count, text_count, stop_now = ranks.sum(torch.tensor(counts, device=device))
+
+            # ---- forward and backward, one micro-batch at a time
+            parts = []
+            for i, batch in enumerate(batches):
+                batch = batch.to(device)
+                wait = world > 1 and i < cfg.accumulate - 1
+                with objective.no_sync() if wait else contextlib.nullcontext():
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        sums = objective(batch)
+                    # DDP averages gradients over ranks; the loss divides by the whole step's counts
+                    value = sums.value(video_count, text_count) * world
+                    scaler.scale(value).backward()
+                parts.append((sums, batch))
+
+            # ---- clip, step; all ranks hold the same gradients, so all skip or none does
+            scaler.unscale_(optimizer)
+            norm = float(nn.utils.clip_grad_norm_(params, cfg.clip))
+            if math.isfinite(norm):
+                scaler.step(optimizer)
+                total.add(parts)
+                bad_in_a_row = 0
+            else:
+                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if bad_in_a_row == 10:
+                raise ValueError(
+                    f"ten steps in a row had a loss or gradient that is not finite, the last one "
+                    f"step {step + 1}; the last good checkpoint is {last_checkpoint(out)}"
+                )
+
+            # ---- log
+            done, now = step + 1, time.monotonic()
+            if done % cfg.log_every == 0 or done == cfg.steps:
+                row = {
+                    "step": done,
+                    **total.row(ranks, now - since),
+                    "lr": learning_rate(step, cfg),
+                }
+                row |= {"grad": norm, "ms": 1000 * (now - since) / (done - logged)}
+                row |= {"skipped": skipped, "memory_mib": round(memory_mib(device))}
+                row["left_s"] = round((now - begun) / (done - start) * (cfg.steps - done))
+                log(row, log_line(row, cfg.steps))
+                since, logged, total = now, done, Totals(device)
+
+            # ---- validate, save
+            checked = check is not None and check(done, log)
+            if checked:
+                model.train()
+                since += time.monotonic() - now
+            if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
+                if ranks.rank == 0:
+                    spent = before + time.monotonic() - begun
+                    save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
+                    save_checkpoint(out / "trainer.pt", model, optimizer, scaler, done, spent, cfg)
+                if stop_now:
+                    break
+    return done, before + time.monotonic() - begun
+
+
+class Totals:
+    """What the steps since the last log line add up to, on the device, so that no step waits."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(7, device=device, dtype=torch.float64)
+        self.chance, self.joint = (0.0, 0.0), True
+
+    def add(self, parts: list[tuple[LossSums, Batch]]) -> None:
+        """Count a step's micro-batches on this rank."""
+        for sums, b in parts:
+            tokens = b.video_valid.sum() + b.text_valid.sum() + 2 * len(b.video)  # [CLS] and [SEP]
+            blind = (~b.video_valid.any(1)).sum()
+            row = [sums.video_sum, sums.video_count, sums.text_sum, sums.text_count, tokens, blind]
+            self.sums[:6] += torch.stack([x.detach().double() for x in row])
+            self.sums[6] += len(b.video)
+            self.chance, self.joint = (sums.video_chance, sums.text_chance), sums.joint
+
+    def row(self, ranks: Ranks, seconds: float) -> dict:
+        """Return the interval's means over all ranks, and its rates."""
+        video_sum, n_video, text_sum, n_text, tokens, blind, clips = ranks.sum(self.sums).tolist()
+        video, text = video_sum / max(1, n_video), text_sum / max(1, n_text)
+        share = n_video / max(1, n_video + n_text)
+
+        def both(v: float, t: float) -> float:
+            return share * v + (1 - share) * t if self.joint else v + t
+
+        row = {
+            "loss": both(video, text),
+            "video": video,
+            "text": text,
+            "chance": both(*self.chance),
+        }
+        if not clips:  # every step was skipped
+            row = dict.fromkeys(row)
+        row |= {"clips_per_s": clips / seconds, "tokens_per_s": tokens / seconds}
+        return row | {"clips_without_video": int(blind)}
+
+
+def log_line(row: dict, steps: int) -> str:
+    """Write a log row for a reader."""
+    loss = "no step was finite"
+    if row["loss"] is not None:
+        both = f"video {row['video']:.2f} text {row['text']:.2f}; "
+        both = both if row["video"] and row["text"] else ""
+        loss = f"loss {row['loss']:.3f} ({both}chance {row['chance']:.2f})"
+    line = (
+        f"step {row['step']:>{len(str(steps))}}/{steps} | {loss} | "
+        f"lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms | "
+        f"{row['clips_per_s']:.0f} clips/s | {row['tokens_per_s']:.0f} tokens/s | "
+        f"{row['memory_mib']} MiB | {clock(row['left_s'])} left"
+    )
+    line += f" | {row['skipped']} skipped" if row["skipped"] else ""
+    return line + (f" | {n} clips without video" if (n := row["clips_without_video"]) else "")
+
+
+def mix(*key: int) -> int:
+    """Make one seed of several numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def whole(batch: Batch | DataError) -> Batch:
+    """Raise what went wrong while a batch was read."""
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def save_checkpoint(path: Path, model, optimizer, scaler, step: int, seconds: float, cfg) -> None:
+    """Write all that resuming needs as one file, moved into place when it is whole."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": scaler.state_dict(), "step": step, "seconds": seconds}
+    state |= {"config": dataclasses.asdict(cfg), "torch": str(torch.__version__)}
+    write_aside(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path: Path, model, optimizer, scaler) -> tuple[int, float]:
+    """Fill model, optimizer and scaler from trainer.pt: (step, seconds trained)."""
+    state = read_checkpoint(path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"], state["seconds"]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read trainer.pt without running anything in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no checkpoint to resume from") from None
+    except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
+        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+    if not isinstance(state, dict) or {"model", "optimizer", "step", "config"} - set(state):
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    return state
+
+
+def last_checkpoint(out: Path) -> str:
+    """Name the last checkpoint of a run and its step."""
+    path = out / "trainer.pt"
+    return f"{path}, step {read_checkpoint(path)['step']}" if path.exists() else "none yet"
