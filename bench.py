@@ -1,8 +1,9 @@
 """Measure what README's table says: each row a ratio, A and B taken in turn in one run.
 
     python bench.py step           a pre-training step against a plain padded reading of the model
+    python bench.py precision      200 steps in bf16 and fp16 against fp32
     python bench.py caption        beam search with kept keys and values against recomputing
-    python bench.py encode         retrieval encoding apart against one padded joint pass
+    python bench.py encode         retrieval apart against padded joint passes, with backward too
     python bench.py data           clip sampling and masking against a loop over clips
     python bench.py metrics        caption metrics against pycocoevalcap and its Java
     python bench.py s3d            the video encoder, laid out for a CPU against as it is written
@@ -66,6 +67,9 @@ def row(name: str, what: str, a: float, b: float, unit: str, higher: bool = Fals
     return dict(name=name, what=what, a=a, b=b, unit=unit, ratio=b / a if higher else a / b)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def half() -> torch.dtype | None:
     """Return bfloat16 where this processor multiplies it natively."""
     if torch.cuda.is_available():
@@ -102,52 +106,66 @@ def paper_batch(B: int, c: VLMConfig, seed: int = 0) -> Batch:
     return hide(batch, torch.rand(B, numbers_a_clip(c), generator=g), c)
 
 
+def read_padded(model: VLM, batch: Batch, kind: str) -> tuple[Batch, Tensor, Tensor]:
+    """Read clips plainly: every position up to max_len is computed, padding or not.
+
+    Returns: the batch at full length; MLP of its features, hidden ones too (B, V, D); h (B, L, D).
+    """
+    c, B = model.config, len(batch.video)
+    short = c.max_video_len - batch.video.shape[1], c.max_text_len - batch.text.shape[1]
+    video = F.pad(batch.video, (0, 0, 0, short[0]))
+    video_valid, text_valid = (
+        F.pad(x, (0, n)) for x, n in zip((batch.video_valid, batch.text_valid), short, strict=True)
+    )
+    batch = Batch(video, video_valid, F.pad(batch.text, (0, short[1])), text_valid, *(
+        x if x is None else F.pad(x, (0, n))
+        for x, n in zip(batch.fields()[4:7], (short[0], short[1], short[1]), strict=True)
+    ))  # fmt: skip
+    own = model.videomlp(video)  # (B, V, D)
+    x_video = own
+    if batch.video_hidden is not None:
+        x_video = model.videomlp(video * ~batch.video_hidden[:, :, None])
+    cls, sep = model.special(c.cls_token_id, B), model.special(c.sep_token_id, B)
+    x = torch.cat([cls, x_video.to(cls), sep, model.word_tokens(batch.text)], 1)  # (B, L, D)
+    every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    attend = attention_mask(kind, video_valid, text_valid)
+    V, T = c.max_video_len, c.max_text_len
+    return batch, own, model.bert(x, *model.places(V, T, x.device), every, attend)
+
+
 def padded_loss(model: VLM, batch: Batch) -> Tensor:
     """Eq. 8-9 read plainly: every position computed up to max_len, all logits held at once."""
-    c, B = model.config, len(batch.video)
-    V, T = c.max_video_len, c.max_text_len
-    wide = [F.pad(x, (0, 0, 0, V - x.shape[1])) for x in (batch.video,)]
-    video_valid, video_hidden = (
-        F.pad(x, (0, V - x.shape[1])) for x in (batch.video_valid, batch.video_hidden)
-    )
-    text, text_valid, text_hidden, target = (
-        F.pad(x, (0, T - x.shape[1]))
-        for x in (batch.text, batch.text_valid, batch.text_hidden, batch.text_target)
-    )
-    own = model.videomlp(wide[0])  # (B, V, D)
-    x_video = model.videomlp(wide[0] * ~video_hidden[:, :, None])
-    cls, sep = model.special(c.cls_token_id, B), model.special(c.sep_token_id, B)
-    x = torch.cat([cls, x_video.to(cls), sep, model.word_tokens(text)], 1)  # (B, L, D)
-    every = torch.ones(B, x.shape[1], dtype=torch.bool, device=x.device)
-    attend = attention_mask("full", video_valid, text_valid)
-    h = model.bert(x, *model.places(V, T, x.device), every, attend)
+    batch, own, h = read_padded(model, batch, "full")
+    V, (B, L, _) = own.shape[1], h.shape
     e = model.cls["predictions"](h.flatten(0, 1)).view_as(h)
     D = model.bert.embeddings["word_embeddings"].weight
-    pool = torch.cat([own[video_valid & ~video_hidden], D.to(own)])
+    pool = torch.cat([own[batch.video_valid & ~batch.video_hidden], D.to(own)])
     words = len(pool) - len(D)
-    logits = (e.flatten(0, 1) @ pool.T.to(e)).view(B, x.shape[1], -1).float()
+    logits = (e.flatten(0, 1) @ pool.T.to(e)).view(B, L, -1).float()
     true = (e[:, 1 : V + 1] * own).sum(2, keepdim=True).float()
-    video = torch.cat([true, logits[:, 1 : V + 1]], 2)[video_hidden]
-    text = logits[:, V + 2 :][text_hidden]
-    total = F.cross_entropy(video, torch.zeros(len(video), dtype=torch.long, device=x.device),
-                            reduction="sum")  # fmt: skip
-    total = total + F.cross_entropy(text, words + target[text_hidden], reduction="sum")
-    return total / (video_hidden.sum() + text_hidden.sum())
+    video = torch.cat([true, logits[:, 1 : V + 1]], 2)[batch.video_hidden]
+    text = logits[:, V + 2 :][batch.text_hidden]
+    first = torch.zeros(len(video), dtype=torch.long, device=h.device)
+    total = F.cross_entropy(video, first, reduction="sum")
+    target = words + batch.text_target[batch.text_hidden]
+    total = total + F.cross_entropy(text, target, reduction="sum")
+    return total / (batch.video_hidden.sum() + batch.text_hidden.sum())
 
 
-def trainer(which: str, dtype: torch.dtype | None, B: int, layers: int) -> Callable[[], float]:
+def trainer(which: str, dtype: torch.dtype | None, B: int, layers: int, compiled=False) -> Callable:
     """Make one optimizer step of BERT-base: `padded` or `ours`, in fp32 or autocast to dtype."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = VLM(VLMConfig(num_hidden_layers=layers)).to(device).train()
+    model = VLM(VLMConfig(num_hidden_layers=layers)).to(DEVICE).train()
+    for layer in model.bert.encoder["layer"] if compiled else ():
+        layer.compile(dynamic=True)
     params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
     optimizer = torch.optim.Adam(params, 5e-5, betas=(0.9, 0.98), fused=True)
-    batches = [paper_batch(B, model.config, seed).to(device) for seed in range(4)]
+    batches = [paper_batch(B, model.config, seed).to(DEVICE) for seed in range(4)]
     turn = iter(range(10**9))
 
     def step() -> float:
         batch = batches[next(turn) % 4]
-        with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
+        with torch.autocast(DEVICE, dtype or torch.float32, enabled=dtype is not None):
             loss = padded_loss(model, batch) if which == "padded" else None
             loss = model.pretrain_loss(batch).value() if loss is None else loss
         loss.backward()
@@ -183,7 +201,6 @@ def step(args) -> list[dict]:
     """A pre-training step: forward, backward, Adam."""
     B, rows = args.batch, []
     c = VLMConfig(num_hidden_layers=args.layers)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     work = statistics.mean(operations(paper_batch(B, c, seed), c) for seed in range(4))
     check_readings()
     peaks = {}
@@ -194,15 +211,17 @@ def step(args) -> list[dict]:
     what = f"peak memory of the step, {B} clips, fp32, weights and Adam's state among it"
     rows.append(row("memory", what, peaks["padded"], peaks["ours"], "MiB"))
     plain = trainer("padded", None, B, args.layers)
-    for name, dtype in (("fp32", None), ("bf16", half())):
+    for name, dtype in (("fp32", None), ("bf16", half()), ("fp16", torch.float16)):
         if name == "bf16" and dtype is None:
             print("bf16: this processor has no bf16 multiplication, left out", file=sys.stderr)
             continue
-        ours = trainer("ours", dtype, B, args.layers)
+        if name == "fp16" and DEVICE == "cpu":
+            continue  # CPUs have no fast fp16 for training
+        ours = trainer("ours", dtype, B, args.layers, args.compile)
         a, b = in_turn(plain, ours, args.repeat)
         what = f"pre-training step of {B} clips, ours in {name} against padded in fp32"
         rows.append(row(f"step {name}", what, B / a, B / b, "clips/s", higher=True))
-        share = work / b / ceiling(device, dtype or torch.float32)
+        share = work / b / ceiling(DEVICE, dtype or torch.float32)
         what = f"share of the matrix ceiling in {name}, counting real tokens only"
         rows.append(row(f"ceiling {name}", what, 1.0, share, "of 1", higher=True))
         del ours
@@ -214,8 +233,25 @@ def peak(args) -> None:
     once = trainer(args.which, None, args.batch, args.layers)
     for _ in range(3):
         once()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(memory_mib(device))
+    print(memory_mib(torch.device(DEVICE)))
+
+
+def precision(args) -> list[dict]:
+    """The toy world's loss over 200 steps in bf16 and fp16 against fp32, on the same clips."""
+    rows, found = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_toy(Path(folder) / "toy", scale=0.3)
+        for name in ("fp32", "bf16", "fp16"):
+            me = [sys.executable, Path(__file__).with_name("train.py"), "--data", f"{folder}/toy"]
+            me += ["--precision", name, "--out", f"{folder}/{name}", "--log-every", "20"]
+            subprocess.run([*me, "--steps", "200"], check=True, capture_output=True)
+            log = Path(folder, name, "log.jsonl").read_text().splitlines()
+            found[name] = [json.loads(x)["loss"] for x in log[:-1]]  # means of 20 steps
+    for name in ("bf16", "fp16"):
+        far = max(abs(x - y) / y for x, y in zip(found[name], found["fp32"], strict=True))
+        what = f"loss of steps 181-200 in fp32 and {name}; ten means differ by {far:.2%} at most"
+        rows.append(row(f"precision {name}", what, found["fp32"][-1], found[name][-1], "nats"))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -223,19 +259,23 @@ def peak(args) -> None:
 
 
 @torch.no_grad()
-def search_again(model: VLM, video: Tensor, valid: Tensor, beams: int, steps: int) -> Tensor:
+def search_again(model: VLM, video: Tensor, valid: Tensor, beams: int, steps: int, padded: bool):
     """Beam search that reads the clip and all words again for every word; never stops early."""
-    B, W = len(valid), model.config.vocab_size
-    words = torch.full((B, 1, 1), model.config.cls_token_id)
-    score = torch.zeros(B, 1)
-    for _ in range(steps + 1):
+    B, W, V = len(valid), model.config.vocab_size, model.config.max_video_len
+    words = torch.full((B, 1, 1), model.config.cls_token_id, device=video.device)
+    score = torch.zeros(B, 1, device=video.device)
+    for t in range(steps + 1):
         k = words.shape[1]
         text = words.flatten(0, 1)
         wide = [x.repeat_interleave(k, 0) for x in (video, valid)]
         batch = Batch(*wide, text, torch.ones_like(text, dtype=torch.bool))
-        log_p = model.word_logits(model(batch, "captioning")[:, -1]).log_softmax(1)
+        if padded:
+            h = read_padded(model, batch, "captioning")[2][:, V + 2 + t]
+        else:
+            h = model(batch, "captioning")[:, -1]
+        log_p = model.word_logits(h).log_softmax(1)
         score, index = (score[:, :, None] + log_p.view(B, k, W)).flatten(1).topk(beams)
-        words = words[torch.arange(B)[:, None], index // W]
+        words = words[torch.arange(B, device=video.device)[:, None], index // W]
         words = torch.cat([words, (index % W)[:, :, None]], 2)
     return words
 
@@ -243,37 +283,59 @@ def search_again(model: VLM, video: Tensor, valid: Tensor, beams: int, steps: in
 def caption(args) -> list[dict]:
     """Captions of 24 word pieces by beams of 5."""
     torch.manual_seed(0)
-    model = VLM(VLMConfig(num_hidden_layers=args.layers)).eval()
+    model = VLM(VLMConfig(num_hidden_layers=args.layers)).to(DEVICE).eval()
     model.cls["predictions"].bias.data[model.config.sep_token_id] = -1e4  # no caption ends early
-    B = 2
-    video, valid = torch.randn(B, 12, 512), torch.ones(B, 12, dtype=torch.bool)
-    a, b = in_turn(
-        lambda: search_again(model, video, valid, 5, 24),
-        lambda: model.generate(video, valid, 5, 24),
-        args.repeat,
+    B, rows = args.clips, []
+    video = torch.randn(B, 12, 512, device=DEVICE)
+    valid = torch.ones(B, 12, dtype=torch.bool, device=DEVICE)
+    for name, padded in (("caption", True), ("caption unpadded", False)):
+        a, b = in_turn(
+            lambda padded=padded: search_again(model, video, valid, 5, 24, padded),
+            lambda: model.generate(video, valid, 5, 24),
+            args.repeat,
+        )
+        how = "all 96 positions" if padded else "real tokens alone"
+        what = f"captions of 24 pieces, beam 5, {B} clips of 12 s: kept keys against reading {how}"
+        rows.append(row(name, f"{what} again", B / a, B / b, "captions/s", higher=True))
+    return rows
+
+
+# Deciles of YouCook2's 3,492 validation clips (seconds, of which 32 are read) and of the word
+# pieces of their sentences: what retrieval encodes.
+YOUCOOK2 = (
+    (1, 5, 7, 9, 11, 14, 18, 22, 28, 32, 32),
+    (2, 5, 6, 7, 8, 9, 10, 11, 13, 16, 56),
+)
+
+
+def retrieval_batch(B: int, c: VLMConfig) -> Batch:
+    """Draw clips and sentences as long as YouCook2's; what is in them is noise."""
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand(2, B, generator=g).numpy()
+    seconds, pieces = (
+        np.interp(x, np.linspace(0, 1, 11), q).astype(np.int64)
+        for x, q in zip(u, YOUCOOK2, strict=True)
     )
-    what = f"captions of 24 pieces, beam 5, {B} clips of 12 s, kept keys against recomputing"
-    return [row("caption", what, B / a, B / b, "captions/s", higher=True)]
+    video = torch.randn(int(seconds.sum()), c.video_dim, generator=g).numpy()
+    text = torch.randint(1000, c.vocab_size, (int(pieces.sum()),), generator=g).numpy()
+    return lay_out(video, seconds, text, pieces, c).to(DEVICE)
 
 
-@torch.no_grad()
 def encode(args) -> list[dict]:
-    """Clips and sentences for retrieval."""
+    """Clips and sentences for retrieval, embedded; then a contrastive step with its backward."""
     torch.manual_seed(0)
-    model = VLM(VLMConfig(num_hidden_layers=args.layers)).eval()
-    c, B = model.config, 32
-    batch = paper_batch(B, c)
-    V, T = c.max_video_len, c.max_text_len
-    every = torch.ones(B, V + T + 2, dtype=torch.bool)
+    model, B, rows = VLM(VLMConfig(num_hidden_layers=args.layers)).to(DEVICE), 32, []
+    batch = retrieval_batch(B, model.config)
 
-    def jointly() -> Tensor:
-        video = F.pad(batch.video, (0, 0, 0, V - batch.video.shape[1]))
-        valid = F.pad(batch.video_valid, (0, V - batch.video_valid.shape[1]))
-        text, text_valid = (F.pad(x, (0, T - x.shape[1])) for x in (batch.text, batch.text_valid))
-        cls, sep = model.special(c.cls_token_id, B), model.special(c.sep_token_id, B)
-        x = torch.cat([cls, model.videomlp(video), sep, model.word_tokens(text)], 1)
-        attend = attention_mask("retrieval", valid, text_valid)
-        return model.bert(x, *model.places(V, T, x.device), every, attend)
+    def jointly() -> tuple[Tensor, Tensor]:
+        wide, own, h = read_padded(model, batch, "retrieval")
+        valid, V = (wide.video_valid, wide.text_valid), own.shape[1]
+        video, text = h[:, 1 : V + 2], h[:, V + 2 :]  # the video's [SEP] with it, the text's too
+        real = F.pad(valid[0], (0, 1), value=True), valid[1]
+        return tuple(
+            (x * r[:, :, None]).sum(1) / r.sum(1, keepdim=True)
+            for x, r in zip((video, text), real, strict=True)
+        )
 
     def apart() -> tuple[Tensor, Tensor]:
         return (
@@ -281,9 +343,23 @@ def encode(args) -> list[dict]:
             model.embed_text(batch.text, batch.text_valid),
         )
 
-    a, b = in_turn(jointly, apart, args.repeat)
-    what = f"{B} clips and sentences, apart and un-padded against one padded pass"
-    return [row("encode", what, B / a, B / b, "pairs/s", higher=True)]
+    def contrast(embed: Callable) -> None:
+        video, text = embed()
+        F.cross_entropy(text @ video.T, torch.arange(B, device=DEVICE)).backward()
+        model.zero_grad(set_to_none=True)
+
+    lengths = f"{B} clips and sentences of YouCook2's lengths"
+    with torch.no_grad():
+        model.eval()
+        pair = zip(jointly(), apart(), strict=True)
+        assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in pair), "they differ"
+        a, b = in_turn(jointly, apart, args.repeat)
+    what = f"{lengths}, encoded apart and un-padded against one padded pass"
+    rows.append(row("encode", what, B / a, B / b, "pairs/s", higher=True))
+    model.train()
+    a, b = in_turn(lambda: contrast(jointly), lambda: contrast(apart), args.repeat)
+    what = f"{lengths}, contrastive step forward and backward, apart against padded jointly"
+    return [*rows, row("contrast", what, B / a, B / b, "pairs/s", higher=True)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -449,7 +525,10 @@ def s3d(args) -> list[dict]:
 # python bench.py
 
 
-BENCHES = dict(step=step, caption=caption, encode=encode, data=data, metrics=metrics, s3d=s3d)
+BENCHES = dict(
+    step=step, precision=precision, caption=caption, encode=encode, data=data, metrics=metrics,
+    s3d=s3d,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -461,11 +540,13 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"{', '.join(BENCHES)} or all")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs of each (5)")
     parser.add_argument("--batch", type=int, metavar="N", help="clips of a step (CPU 16, GPU 256)")
+    parser.add_argument("--clips", type=int, default=4, metavar="N", help="clips to caption (4)")
     parser.add_argument("--layers", type=int, default=12, metavar="N", help="of the BERT (12)")
+    parser.add_argument("--compile", action="store_true", help="step: compile our layers")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file too")
     parser.add_argument("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag in ("repeat", "layers"):
+    for flag in ("repeat", "layers", "clips"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least 1")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)

@@ -120,7 +120,8 @@ class VLMConfig:
 def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
     """Lay packed real tokens x (N, D) out in a padded (B, L, D), zeros elsewhere."""
     D = x.shape[1]
-    return x.new_zeros(B * L, D).index_copy(0, rows, x).view(B, L, D)
+    # index_put, for index_copy would keep x until backward
+    return x.new_zeros(B * L, D).index_put((rows,), x).view(B, L, D)
 
 
 class Layer(nn.Module):
@@ -146,14 +147,13 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.attention_dropout = c.attention_probs_dropout_prob
 
-    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
-        """Queries, keys and values of packed tokens x (N, D), padded: (3, B, H, L, D/H)."""
+    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> list[Tensor]:
+        """Queries, keys and values of packed tokens x (N, D), padded: 3 x (B, H, L, D/H)."""
         # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
         # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
-        three, D, H = self.attention["self"].values(), x.shape[1], self.heads
-        weight = torch.cat([linear.weight for linear in three])
-        x = F.linear(x, weight, torch.cat([linear.bias for linear in three]))  # (N, 3D)
-        return pad(x, rows, B, L).view(B, L, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        D, H = x.shape[1], self.heads
+        three = (pad(linear(x), rows, B, L) for linear in self.attention["self"].values())
+        return [y.view(B, L, H, D // H).transpose(1, 2) for y in three]
 
     def forward(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None = None) -> Tensor:
         """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
@@ -162,7 +162,7 @@ class Layer(nn.Module):
         covers too, or an empty list; those of x are added to it.
         """
         (B, L, _), D = attend.shape, x.shape[1]
-        q, k, v = self.qkv(x, rows, B, L)
+        q, k, v = self.qkv(x, rows, B, L)  # (B, H, L, D/H)
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)

@@ -520,7 +520,7 @@ def validate(
         pool = ranks.gather(own[~hidden])  # V'
         mean = pool.mean(0).expand(int(hidden.sum()), -1)
         row = [part.video_sum, part.video_count, part.text_sum, part.text_count]
-        row += [nce(scale * mean, pool, own=own[hidden]) for scale in scales]
+        row += [nce(scale * mean, [pool], own[hidden]).sum() for scale in scales]
         sums += torch.stack([x.double() for x in row])
     model.train(was_training)
     video_sum, n_video, text_sum, n_text, *constants = ranks.sum(sums).tolist()

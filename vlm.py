@@ -169,43 +169,49 @@ class PredictionHead(nn.Module):
 
 # Logits held at a time, above which rows go chunk by chunk: what a CPU's cache holds (16 MiB), or
 # enough to keep a GPU busy (256 MiB).
-LOGITS_AT_ONCE = {"cpu": 2**22, "other": 2**26}
+LOGITS_AT_ONCE = {"cpu": 16777216, "other": 2**26}
 
 
-def nce(e: Tensor, pool: Tensor, index=None, own=None, bias=None) -> Tensor:
-    """Sum over rows -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] (Eq. 6 and 9).
+def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tensor:
+    """Take -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] of each row (Eq. 6 and 9).
 
-    Args:    e (M, D) predictions; pool (P, D) candidates x_j. The true x_s of each row is either
-             pool[index], index (M,) int64, which the sum over j then leaves out (D without s), or
-             own (M, D), a candidate of that row alone. bias (P,) is added to the pool's logits.
-    Returns: scalar, fp32 or better; 0 for M = 0.
+    Args:    e (M, D): predictions. pools: candidates x_j, (P, D) each, as [V', D]; a copy that
+             joined them would cost as much as the sum. The true x_s of the first rows is own
+             (M_v, D), each a candidate of its row alone; that of the others is row index (M_t,)
+             int64 of the last pool. bias (P,) is added to the last pool's logits.
+    Returns: (M,) nats, fp32 or better.
     """
     wide = torch.promote_types(e.dtype, torch.float32)  # sums in fp32, whatever the autocast
-    x = pool[index] if own is None else own  # (M, D): x_s
-    true = (x.to(wide) * e.to(wide)).sum(1)  # x_s . e_s
-    others = (e @ pool.T).to(wide)  # (M, P): x_j . e_s
+    own = e[:0] if own is None else own
+    logits = [F.linear(e, x).to(wide) for x in pools]  # (M, P) each: x_j . e_s
     if bias is not None:
-        true, others = true + bias[index], others + bias
-    if own is None:  # D without s: the true word stands in front of the sum already
-        others.scatter_(1, index[:, None], -math.inf)
-    return (torch.logaddexp(true, others.logsumexp(1)) - true).sum()
+        logits[-1] = logits[-1] + bias
+    total = torch.stack([x.logsumexp(1) for x in logits]).logsumexp(0)  # log of the sum over j
+    true = (own.to(wide) * e[: len(own)].to(wide)).sum(1)  # x_s . e_s
+    losses = torch.logaddexp(true, total[: len(own)]) - true
+    if index is None:
+        return losses
+    # x_s and D without s are together D: exp(x_s.e_s) stands in the sum over j already
+    words = total[len(own) :] - logits[-1][len(own) :].gather(1, index[:, None])[:, 0]
+    return torch.cat([losses, words])
 
 
-def nce_in_chunks(e: Tensor, pool: Tensor, index=None, own=None, bias=None, at_once=None) -> Tensor:
-    """Sum -log NCE as `nce`, in chunks of rows of at most `at_once` logits, or one row.
+def nce_in_chunks(e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None) -> Tensor:
+    """Take -log NCE as `nce`, in chunks of rows of at most `at_once` logits, or one row: (M,).
 
-    Each chunk of rows is thrown away after its sum and computed again in backward.
+    Each chunk's logits are thrown away after its sum and computed again in backward.
     """
     at_once = at_once or LOGITS_AT_ONCE["cpu" if e.device.type == "cpu" else "other"]
-    rows = max(1, at_once // max(1, len(pool)))
+    rows = max(1, at_once // max(1, sum(map(len, pools))))
     if rows >= len(e):
-        return nce(e, pool, index, own, bias)
-    sums = []
-    for chunk in (slice(i, i + rows) for i in range(0, len(e), rows)):
-        mine = [None if x is None else x[chunk] for x in (index, own)]
+        return nce(e, pools, own, index, bias)
+    losses, M_v = [], 0 if own is None else len(own)
+    for i in range(0, len(e), rows):
+        first = None if own is None else own[i : i + rows]
+        others = None if index is None else index[max(0, i - M_v) : max(0, i + rows - M_v)]
         again = dict(use_reentrant=False, preserve_rng_state=False)
-        sums.append(checkpoint(nce, e[chunk], pool, *mine, bias, **again))
-    return torch.stack(sums).sum()
+        losses.append(checkpoint(nce, e[i : i + rows], pools, first, others, bias, **again))
+    return torch.cat(losses)
 
 
 @dataclass
@@ -341,8 +347,10 @@ class VLM(nn.Module):
     def join(self, x_video: Tensor, batch: Batch, kind: str) -> Tensor:
         """Encode [CLS] v.. [SEP] t.. [SEP] (Eq. 2-3): x_video (B, V, D) and text -> h (B, L, D)."""
         B, V, c = *x_video.shape[:2], self.config
-        cls, sep = self.special(c.cls_token_id, B), self.special(c.sep_token_id, B)
-        x_text = self.word_tokens(batch.text)
+        special = batch.text.new_tensor([c.cls_token_id, c.sep_token_id]).expand(B, 2)
+        # one look-up for all: each has a gradient as large as the vocabulary
+        words = self.word_tokens(torch.cat([special, batch.text], 1))  # (B, 2+T, D)
+        cls, sep, x_text = words[:, :1], words[:, 1:2], words[:, 2:]
         x = torch.cat([cls, x_video.to(cls), sep, x_text], 1)
         one = batch.video_valid.new_ones(B, 1)
         real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
@@ -461,7 +469,7 @@ class VLM(nn.Module):
         h = self(dataclasses.replace(batch, text=shifted), "captioning")[:, V + 2 :]  # (B, T, D)
         head, D = self.cls["predictions"], self.bert.embeddings["word_embeddings"].weight
         e, target = head(h[batch.text_valid]), batch.text[batch.text_valid]
-        text_sum = nce_in_chunks(e, D.to(e), index=target, bias=head.bias, at_once=at_once)
+        text_sum = nce_in_chunks(e, [D], None, target, head.bias, at_once).sum()
         count, zero = batch.text_valid.sum(), text_sum.new_zeros(())
         return LossSums(zero, count.new_zeros(()), text_sum, count, 0.0, math.log(len(D)), True)
 
@@ -570,19 +578,20 @@ class VLM(nn.Module):
         x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
         V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
         V_ = V_ if gather is None else gather(V_)
-        D = self.bert.embeddings["word_embeddings"].weight.to(V_.dtype)
+        D = self.bert.embeddings["word_embeddings"].weight
         if loss == "vlm":  # Eq. 8-9: one pool V' + D for both kinds, no biases
-            pool = torch.cat([V_, D])
-            video_sum = nce_in_chunks(e_video, pool, own=x_video, at_once=at_once)
-            text_sum = nce_in_chunks(e_text, pool, index=len(V_) + x_text, at_once=at_once)
-            candidates = len(pool) + 1, len(pool)
+            e = torch.cat([e_video, e_text])
+            losses = nce_in_chunks(e, [V_, D], x_video, x_text, at_once=at_once)
+            video, text = losses.split([len(e_video), len(e_text)])
+            candidates = len(V_) + len(D) + 1, len(V_) + len(D)
         else:  # Eq. 5-6 for video, BERT's own cross-entropy for words
-            video_sum = nce_in_chunks(e_video, V_, own=x_video, at_once=at_once)
-            text_sum = nce_in_chunks(e_text, D, index=x_text, bias=head.bias, at_once=at_once)
+            video = nce_in_chunks(e_video, [V_], x_video, at_once=at_once)
+            text = nce_in_chunks(e_text, [D], None, x_text, head.bias, at_once=at_once)
             candidates = len(V_) + 1, len(D)
         counts = video_hidden.sum(), text_hidden.sum()
         chances = (math.log(n) for n in candidates)
-        return LossSums(video_sum, counts[0], text_sum, counts[1], *chances, joint=loss == "vlm")
+        sums = video.sum(), counts[0], text.sum(), counts[1]
+        return LossSums(*sums, *chances, joint=loss == "vlm")
 
 
 def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:

@@ -289,7 +289,7 @@ def test_a_token_moves_exactly_the_outputs_whose_rows_may_look_at_it(table, kind
 
 
 def predictions(monkeypatch, model: VLM, batch: Batch, loss: str):
-    """Run pretrain_loss; return [e_video, e_text] as they reach the loss, and its value."""
+    """Run pretrain_loss; return the predictions e as they reach the loss, and its value."""
     seen, nce = [], vlm.nce
     with monkeypatch.context() as patch:
         patch.setattr(vlm, "nce", lambda e, *args: seen.append(e) or nce(e, *args))
@@ -315,7 +315,8 @@ def test_hidden_tokens_cannot_be_read_through_any_path(monkeypatch, loss):
     (before, value), (after, other_value) = (
         predictions(monkeypatch, model, x, loss) for x in (batch, other)
     )
-    assert len(before) == 2 and all(map(torch.equal, before, after))
+    assert len(before) == (1 if loss == "vlm" else 2)  # Eq. 8 has one pool, Eq. 7 two
+    assert all(map(torch.equal, before, after))
     assert abs(value - other_value) > 1e-3  # but the targets did change
     shown = batch.video_valid & ~video_hidden
     other = dataclasses.replace(batch, video=batch.video + shown[..., None])
@@ -498,18 +499,19 @@ def test_nce_equals_equation_9_worked_out_by_hand():
     candidate here): 2/(2+6+1). With word biases (ln 3, 0) and no video: 6/(6+1).
     """
     ln = math.log
-    pool = torch.tensor([[ln(2), ln(6)], [0.0, ln(2)], [ln(4), 0.0]], dtype=torch.float64)
+    V_ = torch.tensor([[ln(2), ln(6)]], dtype=torch.float64)
+    D = torch.tensor([[0.0, ln(2)], [ln(4), 0.0]], dtype=torch.float64)
     own = torch.tensor([[ln(3), 5.0]], dtype=torch.float64)
     e_video, e_text = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
-    w0 = torch.tensor([1])
-    assert vlm.nce(e_video, pool, own=own).item() == pytest.approx(ln(10 / 3), abs=1e-14)
-    assert vlm.nce(e_text, pool, w0).item() == pytest.approx(ln(9 / 2), abs=1e-14)
-    assert vlm.nce(e_video, pool[:1], own=own).item() == pytest.approx(ln(5 / 3), abs=1e-14)
+    w0 = torch.tensor([0])
+    both = vlm.nce(torch.cat([e_video, e_text]), [V_, D], own, w0)
+    assert both.tolist() == pytest.approx([ln(10 / 3), ln(9 / 2)], abs=1e-14)
+    assert vlm.nce(e_video, [V_], own).tolist() == pytest.approx([ln(5 / 3)], abs=1e-14)
     bias = torch.tensor([ln(3), 0.0], dtype=torch.float64)
-    words = vlm.nce(e_text, pool[1:], w0 - 1, bias=bias)
-    assert words.item() == pytest.approx(ln(7 / 6), abs=1e-14)
-    nobody = vlm.nce(e_video, pool[:0], own=own)  # no candidate but the truth: certain
-    assert nobody.item() == 0.0
+    words = vlm.nce(e_text, [D], None, w0, bias)
+    assert words.tolist() == pytest.approx([ln(7 / 6)], abs=1e-14)
+    nobody = vlm.nce(e_video, [V_[:0]], own)  # no candidate but the truth: certain
+    assert nobody.tolist() == [0.0]
 
 
 class SlowVLM:
@@ -673,7 +675,7 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
     index, bias = torch.randint(0, 17, (23,), generator=g), torch.randn(17, generator=g)
     seen, saved, nce = [], [], vlm.nce
     monkeypatch.setattr(
-        vlm, "nce", lambda e, pool, *a: seen.append((len(e), len(pool))) or nce(e, pool, *a)
+        vlm, "nce", lambda e, pools, *a: seen.append((len(e), len(pools[0]))) or nce(e, pools, *a)
     )
 
     def keep(x):
@@ -685,7 +687,7 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
             monkeypatch.setitem(vlm.LOGITS_AT_ONCE, "cpu", at_once)  # the default that callers get
             seen.clear(), saved.clear()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                value = vlm.nce_in_chunks(e, pool, **target)
+                value = vlm.nce_in_chunks(e, [pool], **target).sum()
             assert seen == [(n, 17) for n in rows]
             logits = [shape for shape in saved if len(shape) == 2 and shape[1] == 17]
             assert bool(logits) == (len(rows) == 1)
@@ -805,18 +807,21 @@ def test_no_precision_makes_the_truth_likelier_than_certain(dtype):
     pool = (2 * torch.randn(99, 12, generator=g)).to(dtype)
     for s in range(50):
         e, index = pool[s : s + 1], torch.tensor([s])
-        assert vlm.nce(e, pool, index) >= 0
-        assert vlm.nce(e, pool, index, bias=torch.randn(99, generator=g)) >= 0
-        assert vlm.nce(e, pool, own=e) >= 0
+        assert vlm.nce(e, [pool], None, index) >= 0
+        assert vlm.nce(e, [pool[:50], pool[s:]], None, index - s) >= 0
+        bias = torch.randn(99, generator=g)
+        assert vlm.nce(e.float(), [pool.float()], None, index, bias) >= 0
+        assert vlm.nce(e, [pool], e) >= 0
     e, pool = 32 * torch.eye(12)[:1].to(dtype), torch.ones(99, 12).to(dtype)
-    assert vlm.nce(e, pool, torch.tensor([7])).item() == pytest.approx(math.log(99), abs=1e-5)
-    assert vlm.nce(e, pool[1:], own=pool[:1]).item() == pytest.approx(math.log(99), abs=1e-5)
+    words = vlm.nce(e, [pool], None, torch.tensor([7]))
+    video = vlm.nce(e, [pool[:40], pool[41:]], pool[:1])
+    assert [words.item(), video.item()] == pytest.approx([math.log(99)] * 2, abs=1e-5)
 
 
 def test_the_loss_runs_on_devices_that_nobody_thought_of():
     """Catches a table of devices with no default; "meta" stands for mps, xpu and the rest."""
     e, pool = torch.empty(3, 12, device="meta"), torch.empty(5, 12, device="meta")
-    assert vlm.nce_in_chunks(e, pool, own=e).shape == ()
+    assert vlm.nce_in_chunks(e, [pool], e).shape == (3,)
 
 
 @pytest.mark.parametrize(
