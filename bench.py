@@ -8,6 +8,7 @@
     python bench.py metrics        caption metrics against pycocoevalcap and its Java
     python bench.py s3d            the video encoder, laid out for a CPU against as it is written
     python bench.py all --json FILE
+    python bench.py ablation       Tables 8 and 9 in miniature, hours: see ablation.py
 
 Medians of --repeat runs of each. BERT-base sizes and the paper's clip lengths (sec. 5.2): U{8..64}
 word pieces at 2.4 a second of video. The plain readings are here, built from the model's own parts.
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import ablation
 from data import Corpus, hide, lay_out, open_captions, open_corpus, open_features, special_ids
 from data import uniforms as numbers_a_clip
 from loop import memory_mib, start_ranks
@@ -63,7 +65,7 @@ def wait() -> None:
 
 
 def row(name: str, what: str, a: float, b: float, unit: str, higher: bool = False) -> dict:
-    """Make a row: b is ours; ratio says how many times better it is."""
+    """Make a row of a and b, in `unit`: b is ours; ratio says how many times better it is."""
     return dict(name=name, what=what, a=a, b=b, unit=unit, ratio=b / a if higher else a / b)
 
 
@@ -134,7 +136,7 @@ def read_padded(model: VLM, batch: Batch, kind: str) -> tuple[Batch, Tensor, Ten
 
 
 def padded_loss(model: VLM, batch: Batch) -> Tensor:
-    """Eq. 8-9 read plainly: every position computed up to max_len, all logits held at once."""
+    """Eq. 8-9 read plainly: every position up to max_len, all logits held at once; a scalar."""
     batch, own, h = read_padded(model, batch, "full")
     V, (B, L, _) = own.shape[1], h.shape
     e = model.cls["predictions"](h.flatten(0, 1)).view_as(h)
@@ -533,9 +535,13 @@ BENCHES = dict(
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement, or all."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["ablation"]:
+        return ablation.main(argv[1:])
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("name", choices=[*BENCHES, "all", "peak"], metavar="NAME",
                         help=f"{', '.join(BENCHES)} or all")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs of each (5)")

@@ -22,7 +22,7 @@ class DataError(ValueError):
 
 
 def stop(message: str) -> None:
-    """Meet the first bad row with an error; readers take another function to count and go on."""
+    """Meet the first bad row with a DataError; readers take another function to count and go on."""
     raise DataError(message)
 
 
@@ -52,7 +52,7 @@ class Clip:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file, or say which one is missing or is not text."""
+    """Read a UTF-8 file; DataError says which one is missing or is not text."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, kind: type) -> object:
-    """Read JSON whose top level is a `kind`."""
+    """Read JSON whose top level is a `kind`; DataError if it is not, or not JSON."""
     try:
         data = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -73,7 +73,7 @@ def read_json(path: str | Path, kind: type) -> object:
 
 
 def read_table(path: Path, columns: list[str], bad: Callable, delimiter: str = ",") -> list[dict]:
-    """Read a separated-values file with a header that names at least `columns`."""
+    """Read a separated-values file with a header; DataError if that does not name all `columns`."""
     reader = csv.DictReader(read_text(path).splitlines(), delimiter=delimiter, restkey="(more)")
     missing = [name for name in columns if name not in (reader.fieldnames or [])]
     if missing:
@@ -97,6 +97,7 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
 
     Returns: {"train": clips, one a sentence; "test": 1k-A clips; "qa": (video, 5 answers, right);
              "references": {video: its sentences}, of videos that are not trained on}.
+    Raises:  DataError for files that do not say the split or are of another form.
     """
     out = {"train": [], "test": [], "qa": [], "references": {}}
     names = {}
@@ -161,7 +162,7 @@ def segments(path: Path, video: str, entry: dict, key: str, text: str, bad: Call
 
 
 def read_database(path: Path) -> dict[str, dict]:
-    """Read {"database": {video_id: {..}}}."""
+    """Read {"database": {video_id: {..}}}; DataError for another form."""
     database = read_json(path, dict).get("database")
     if not isinstance(database, dict) or not all(isinstance(x, dict) for x in database.values()):
         raise DataError(f"{path}: wanted {{'database': {{video_id: {{..}}}}}}")

@@ -512,7 +512,7 @@ MOST_PIECES = 61  # of a reference in the paper's code: 96 positions - 32 second
 
 
 def check_captions(references: dict[str, list[str]], hypotheses: dict[str, str]) -> None:
-    """Meet captions that cannot be scored with an error that names the item."""
+    """Meet captions that cannot be scored with a DataError that names the item."""
     if not references:
         raise DataError("no captions: wanted at least one item")
     for ours, others, side in (
@@ -537,7 +537,7 @@ def read_captions(
     tokenizer: str,
     word_pieces: Tokenizer | None,
 ) -> tuple[list[str], list[list[str]]]:
-    """Bring captions into the form that the scorers read."""
+    """Bring captions into the form that the scorers read; ValueError for an unknown tokenizer."""
     flat = list(chain.from_iterable(references))
     if tokenizer == "ptb":
         flat, hypotheses = ptb_tokenize(flat), ptb_tokenize(hypotheses)
@@ -602,7 +602,7 @@ def caption_scores(
 
 
 def read_captions_json(path: str | Path) -> object:
-    """Read JSON in which no key stands twice: the first of two captions must not get lost."""
+    """Read JSON; DataError if a key stands twice: the first of two captions must not get lost."""
 
     def once(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
@@ -624,7 +624,10 @@ def read_captions_json(path: str | Path) -> object:
 
 
 def rows_by_item(path: str | Path, rows: list, item: Callable, text: str) -> dict[str, list[str]]:
-    """Collect the texts of a list of {.., text: ".."}, the item's name made of each row."""
+    """Collect the texts of a list of {.., text: ".."}, the item's name made of each row.
+
+    Raises: DataError naming the row without a name or a text.
+    """
     out = defaultdict(list)
     for i, row in enumerate(rows):
         key = item(row) if isinstance(row, dict) else None
@@ -637,7 +640,7 @@ def rows_by_item(path: str | Path, rows: list, item: Callable, text: str) -> dic
 
 
 def one_each(path: str | Path, texts: dict[str, list[str]]) -> dict[str, str]:
-    """Take the one text of each item."""
+    """Take the one text of each item; DataError where there are more."""
     for key, found in texts.items():
         if len(found) > 1:
             raise DataError(f"{path}: {key!r} is given {len(found)} times, wanted once")
@@ -675,7 +678,10 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
 
 
 def read_hypotheses(path: str | Path) -> dict[str, str]:
-    """Read {id: text} or COCO's results [{"image_id", "caption"}, ..]; ids as strings."""
+    """Read {id: text} or COCO's results [{"image_id", "caption"}, ..]; ids as strings.
+
+    Raises: DataError for another form, naming the item.
+    """
     data = read_captions_json(path)
     if isinstance(data, list):
         return one_each(path, rows_by_item(path, data, lambda row: row.get("image_id"), "caption"))
@@ -687,19 +693,25 @@ def read_hypotheses(path: str | Path) -> dict[str, str]:
     return data
 
 
+EXAMPLE = "--references references.json --hypotheses captions.json --tokenizer ptb"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `captions`."""
-    add = parser.add_argument
+    add = parser.add_argument_group("what is scored").add_argument
     add("--references", required=True, metavar="JSON", help="{id: [texts]}, COCO's or YouCook2's")
     add("--hypotheses", required=True, metavar="JSON", help="{id: text}, or COCO's results")
+    group = parser.add_argument_group("how")
+    add = group.add_argument
     add("--tokenizer", choices=TOKENIZERS, default="ptb",
-        help="read captions as COCO (default), nlg-eval or the paper does")  # fmt: skip
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--run", metavar="RUN", help="run whose tokenizer reads captions (bert)")
-    model.add_argument("--vocab", metavar="FILE", help="tokenizer.json or vocab.txt (bert)")
-    add("--meteor-data", metavar="DIR", help="folder with meteor-1.5.jar and paraphrase-en.gz; "
-        "default: the package pycocoevalcap")  # fmt: skip
-    add("--json", metavar="FILE", help="write the scores as JSON")
+        help="read captions as COCO (default: ptb), nlg-eval or the paper does")  # fmt: skip
+    model = group.add_mutually_exclusive_group()
+    model.add_argument("--run", metavar="RUN", help="for bert: the run whose tokenizer it is")
+    model.add_argument("--vocab", metavar="FILE", help="for bert: its tokenizer.json or vocab.txt")
+    add("--meteor-data", metavar="DIR", help="folder with meteor-1.5.jar and paraphrase-en.gz "
+        "(default: the package pycocoevalcap)")  # fmt: skip
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", metavar="FILE", help="write the scores to this file as JSON")
     add("--per-item", action="store_true", help="print (and write) each item's scores, too")
 
 

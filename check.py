@@ -30,7 +30,10 @@ from vlm import load_tokenizer
 
 
 def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
-    """Walk a folder, print what is in it and what is wrong; return the number of problems."""
+    """Walk a folder, print what is in it and what is wrong; return the number of problems.
+
+    Raises: DataError when there is no such folder.
+    """
     if not data.is_dir():
         raise DataError(f"{data}: no such folder")
     bad = Bad()
@@ -192,7 +195,10 @@ def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, l
 def pack(
     data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float, features: str | None = None
 ) -> None:
-    """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is."""
+    """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is.
+
+    Raises: DataError when `out` is not empty or there are no features.
+    """
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; give --out a new folder")
     out.mkdir(parents=True, exist_ok=True)

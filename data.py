@@ -132,7 +132,7 @@ class Captions:
 
     @classmethod
     def open(cls, folder: Path, tokenizer: Tokenizer) -> "Captions":
-        """Memory-map what `save` wrote."""
+        """Memory-map what `save` wrote; DataError if it is cut or of another vocabulary."""
         about = read_json(folder / "about.json", dict)
         if about.get("tokenizer") != fingerprint(tokenizer):
             raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
@@ -180,7 +180,10 @@ def open_captions(data: str | Path, tokenizer: Tokenizer, bad: Callable = stop) 
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Find the five special tokens, under the names that VLMConfig has for them, and the size."""
+    """Find the five special tokens, under the names that VLMConfig has for them, and the size.
+
+    Raises: DataError naming the one that is missing.
+    """
     ids = {}
     for name in ("pad", "unk", "cls", "sep", "mask"):
         ids[f"{name}_token_id"] = tokenizer.token_to_id(f"[{name.upper()}]")
@@ -199,7 +202,7 @@ def uniforms(c: VLMConfig) -> int:
 
 
 def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.15) -> Batch:
-    """Hide whole modalities (MMM) in a share `mmm` of the clips, single tokens (MFM-MLM) in others.
+    """Hide a whole modality (masked modality model, MMM) or single tokens (MFM-MLM): Figure 2.
 
     mmm/2 of the clips lose all video, mmm/2 all text, the others each token with chance p. A hidden
     word reads [MASK] 80 %, a random word 10 %, itself 10 %; [MASK] always when the text goes whole.
@@ -209,6 +212,7 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
              mmm: 0.5 in the paper, 0..1. p: 0.15.
     Returns: the batch with video_hidden, text_hidden, text_target, and text as the model reads it.
              [CLS], [SEP] and [PAD] are never hidden, and features stay: the model zeroes them.
+    Raises:  ValueError for mmm or p outside 0..1.
     """
     if not 0 <= mmm <= 1 or not 0 <= p <= 1:
         raise ValueError(f"mmm is {mmm} and p is {p}, both wanted in 0..1")
@@ -246,7 +250,7 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
 
 
 def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Join the ranges [first, first + length) into one index.
+    """Join n ranges [first, first + length), first (n,) and length (n,) int, into one index.
 
     >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
@@ -256,7 +260,10 @@ def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def ragged(flat: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Lay rows of a flat (N, ...) out as (B, width, ...), zeros behind: also valid (B, width)."""
+    """Lay rows of flat (N, ...) out as (B, width, ...), zeros behind: also valid (B, width).
+
+    length (B,): how many rows each gets; they add up to N.
+    """
     valid = torch.arange(width) < length[:, None]
     out = flat.new_zeros(*valid.shape, *flat.shape[1:])
     out[valid] = flat
@@ -371,7 +378,12 @@ class Corpus:
         self, v: np.ndarray, seconds: np.ndarray, u: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose each clip's captions [lo, hi): around a random one, neighbours before or after at
-        random until the text has U{min_text..64} word pieces or the video is used up (sec. 5.2)."""
+        random until the text has U{min_text..64} word pieces or the video is used up (sec. 5.2).
+
+        Args:    v (B,) int, the clips' videos; seconds (B,), how many feature rows these have;
+                 u (B, 2 + tosses) in [0, 1), which decides all that is random.
+        Returns: lo, hi (B,) int, indices of captions.
+        """
         cap = self.captions
         first, last = cap.first_caption[v], cap.first_caption[v + 1]
         # Captions that begin after the last feature row have no video: left out, but for one.
@@ -511,34 +523,35 @@ def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one of this file's commands."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    a = commands.add_parser(
-        "check",
-        allow_abbrev=False,
-        help="print counts, missing features, bad rows; exit code 1 if any",
-    )
-    a.add_argument("data", type=Path, help="the folder, laid out as at the top of data.py")
-    a.add_argument("--features", help="features elsewhere: a folder, or a .pickle of arrays")
-    a.add_argument(
-        "--bert", help="count word pieces with this vocabulary (default: DATA's own, or words)"
-    )
-    a.add_argument(
-        "--headers", action="store_true", help="open features without reading them whole"
-    )
-    a = commands.add_parser("toy", allow_abbrev=False, help="write the toy world")
-    a.add_argument("dir", type=Path, help="a new folder")
-    a.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
-    a = commands.add_parser(
-        "pack", allow_abbrev=False, help="pack features into shards and captions into flat arrays"
-    )
-    a.add_argument("data", type=Path, help="the folder to pack")
-    a.add_argument("--out", type=Path, required=True, help="a new folder, to be given as --data")
-    a.add_argument("--features", help="features elsewhere: a folder, or a .pickle of arrays")
-    a.add_argument("--bert", help="vocabulary to tokenise the captions with (default: DATA's own)")
-    a.add_argument(
-        "--shard-mb", type=float, default=1000, help="size of a shard in MB (default 1000)"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about, example in (
+        ("check", "print counts, missing features, bad rows; exit code 1 if any", "check DATA"),
+        ("toy", "write the toy world", "toy DIR --seed 1"),
+        ("pack", "pack features into shards and captions into flat arrays",
+         "pack DATA --out PACKED --bert bert-base-uncased"),
+    ):  # fmt: skip
+        a = commands.add_parser(name, allow_abbrev=False, help=about, description=about,
+                                epilog=f"example: python data.py {example}")  # fmt: skip
+        add = a.add_argument
+        if name == "toy":
+            add("dir", type=Path, metavar="DIR", help="a new folder")
+            add("--seed", type=int, default=0, metavar="N",
+                help="another seed, another world (default: 0)")  # fmt: skip
+            continue
+        add("data", type=Path, metavar="DATA", help="the folder, laid out as at the top of data.py")
+        add("--features", metavar="DIR|FILE", help="features elsewhere: a folder, or a .pickle")
+        use = "count word pieces" if name == "check" else "tokenise the captions"
+        add("--bert", metavar="DIR", help=f"{use} with this vocabulary (default: DATA's own)")
+        if name == "check":
+            add("--headers", action="store_true", help="open features without reading them whole")
+        else:
+            add(
+                "--out", type=Path, required=True, metavar="DIR", help="a new folder: the next DATA"
+            )
+            how = "size of a shard in MB (default: 1000)"
+            add("--shard-mb", type=float, default=1000, metavar="X", help=how)
     args = parser.parse_args(argv)
     from check import check, pack  # they read what this file defines
 

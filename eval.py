@@ -3,7 +3,8 @@
     python eval.py retrieval --run RUN --data DATA      one of the five tasks, fine-tuned or not
     python eval.py captions --references R.json --hypotheses H.json        captions from files
     python eval.py search --run RUN --features FEATURES "pour the sauce"   one's own videos
-    python eval.py heads|space|curves --run RUN --plot FILE.png            pictures (matplotlib)
+    python eval.py heads --run RUN --data DATA --plot FILE.png          pictures, also masks,
+                                                          sequence, space, curves (matplotlib)
 
 Retrieval, qa and localization need no fine-tuning; segmentation needs its classifier, and captions
 are poor without. `--json`, `--predictions` and `--errors N` (Tables 10 and 11) say more.
@@ -61,7 +62,10 @@ def ranks(text: Tensor, video: Tensor, rows: int = 1024) -> np.ndarray:
 
 
 def retrieval(text: Tensor, video: Tensor) -> dict[str, float]:
-    """Score text-to-video retrieval: R@1, R@5, R@10 as fractions, and the median rank."""
+    """Score text-to-video retrieval: R@1, R@5, R@10 as fractions, and the median rank.
+
+    Args: text, video (N, D): row i of one belongs to row i of the other.
+    """
     rank = ranks(text, video)
     return {f"R@{k}": float((rank <= k).mean()) for k in (1, 5, 10)} | {
         "median rank": float(np.median(rank))
@@ -84,6 +88,7 @@ def retrieval_chance(n: int) -> dict[str, float]:
 def segmentation(guess: Iterable[np.ndarray], truth: Iterable[np.ndarray]) -> dict[str, float]:
     """Score labels second by second, all videos together; label 0 is the background.
 
+    Args:    guess, truth: of each video (seconds,) int labels.
     Returns: frame accuracy, as COIN reports it; the same without background seconds, which tell
              more, for calling everything background is right most of the time; and the mean over
              the classes that occur. NaN where nothing but background occurs.
@@ -198,7 +203,10 @@ def answer_retrieval(model, tokenizer, features, items: list[Item], options: Opt
 
 
 def answer_qa(model, tokenizer, features, items: list[Item], options: Options) -> Answers:
-    """Choose the answer that is most similar to the video (sec. 4.4); a tie is wrong."""
+    """Choose the answer most similar to the video (sec. 4.4); a tie is wrong.
+
+    Raises: ValueError for a similarity that is NaN or infinite.
+    """
     texts = [text for item in items for text in item.texts]
     _, video = embed_clips(model, tokenizer, features, [item.clip for item in items])
     counts = torch.tensor([len(item.texts) for item in items])
@@ -248,7 +256,7 @@ def answer_localization(model, tokenizer, features, items, options: Options) -> 
     """Find the second of each step of a video's task (sec. 4.3).
 
     A second's dot products with the steps become log-probabilities over steps, and every step gets
-    one second, in order. "any order" takes each step's best second instead.
+    one second, in order. "any order" takes each step's best second instead. NaN: ValueError.
     """
     said = list(dict.fromkeys(text for item in items for text in item.texts))
     e = dict(zip(said, embed_texts(model, tokenizer, said), strict=True))
@@ -332,12 +340,13 @@ ANSWER = {
 # Beside the model: chance, the constant predictor, the paper
 
 PAPER = {  # percentages as fractions; median rank and CIDEr as they are
+    # Table 2, text-to-video retrieval on MSR-VTT; Table 3 on YouCook2
     ("retrieval", "msrvtt"): {"R@1": 0.281, "R@5": 0.555, "R@10": 0.674, "median rank": 4},
     ("retrieval", "youcook2"): {"R@1": 0.2705, "R@5": 0.5688, "R@10": 0.6938, "median rank": 4},
-    ("qa", "msrvtt"): {"accuracy": 0.9164},
-    ("segmentation", "coin"): {"frame accuracy": 0.6839},
-    ("localization", "crosstask"): {"recall": 0.465},
-    ("captioning", "youcook2"): {
+    ("qa", "msrvtt"): {"accuracy": 0.9164},  # Table 6
+    ("segmentation", "coin"): {"frame accuracy": 0.6839},  # Table 4
+    ("localization", "crosstask"): {"recall": 0.465},  # Table 5
+    ("captioning", "youcook2"): {  # Table 7
         "BLEU-3": 0.1778, "BLEU-4": 0.1227, "METEOR": 0.1822, "ROUGE-L": 0.4151, "CIDEr": 1.3869
     },
 }  # fmt: skip
@@ -444,7 +453,10 @@ def known(row: dict[str, float]) -> dict[str, float | None]:
 
 
 def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> Report:
-    """Answer a task's test items and set the score beside chance, a constant and the paper."""
+    """Answer a task's test items and set the score beside chance, a constant and the paper.
+
+    Raises: ValueError for segmentation by a run without a classifier.
+    """
     c = model.config
     if task.name == "segmentation" and not c.num_labels:
         raise ValueError("this run has no classifier: torchrun finetune.py segmentation makes one")
@@ -469,7 +481,7 @@ def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> 
 
 
 def error_table(report: Report, n: int) -> str:
-    """Write rows as in Tables 10 and 11: what was asked, what the model said, what was right."""
+    """Write rows as Table 10 and Table 11 do (sec. 5.5.1): question, the model's answer, truth."""
     head = {
         "retrieval": ("query", "text of the clip that came first", "its own"),
         "qa": ("video", "chosen", "right"),
@@ -558,26 +570,30 @@ def set_means(model: VLM, corpus: Corpus, clips: int = 2048) -> None:
 
 def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Declare one task's flags."""
-    parser.add_argument("--run", required=True, metavar="RUN", help="run directory to evaluate")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
-    parser.add_argument("--features", metavar="DIR", help="features elsewhere")
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--run", required=True, metavar="RUN", help="run directory, of train.py or finetune.py")
+    add("--data", required=True, metavar="DIR", help="folder laid out as data.py says")
+    add("--features", metavar="DIR|FILE", help="features elsewhere than in DATA")
     if len(DATASETS[name]) > 1:
-        parser.add_argument("--dataset", choices=DATASETS[name], help="default: the first there is")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out, counted")
-    parser.add_argument("--errors", type=int, default=0, metavar="N", help="print N mistakes")
-    parser.add_argument("--predictions", metavar="FILE", help="write all answers as JSON")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--dataset", choices=DATASETS[name], help="the benchmark (default: the first there)")
+    add("--skip-bad", action="store_true", help="leave bad rows out, counted, instead of stopping")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 .. (default: cuda if there is one)")  # fmt: skip
     if name in ("segmentation", "localization"):
         how = "seconds from one window to the next (default: the paper's 16)"
-        parser.add_argument("--stride", type=int, default=16, metavar="N", help=how)
+        add("--stride", type=int, default=16, metavar="N", help=how)
     if name == "captioning":
-        parser.add_argument("--beams", type=int, default=5, metavar="N", help="1: greedy (5)")
-        parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="(24)")
-        parser.add_argument("--tokenizer", choices=("bert", "ptb", "space"), default="bert",
-                            help="how texts become words: the paper's protocol (default), COCO's, "
-                            "nlg-eval's")  # fmt: skip
-        parser.add_argument("--meteor-data", metavar="DIR", help="METEOR's word lists")
+        how = "beams, 1: greedy search (default: the paper's 5)"
+        add("--beams", type=int, default=5, metavar="N", help=how)
+        how = "longest caption in word pieces (default: 24; the authors' 24 count three prompt ids)"
+        add("--max-new-tokens", type=int, default=24, metavar="N", help=how)
+        add("--tokenizer", choices=("bert", "ptb", "space"), default="bert",
+            help="how texts become words: the paper (default: bert), COCO, nlg-eval")  # fmt: skip
+        add("--meteor-data", metavar="DIR", help="METEOR's word lists (default: pycocoevalcap's)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--errors", type=int, default=0, metavar="N", help="mistakes to print (default: 0)")
+    add("--predictions", metavar="FILE", help="write all answers to this file as JSON")
+    add("--json", metavar="FILE", help="write the table to this file as JSON")
 
 
 def task_command(name: str, args: argparse.Namespace) -> int:
@@ -603,18 +619,28 @@ def task_command(name: str, args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one of this file's commands."""
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, example: str) -> argparse.ArgumentParser:
+        example = f"example: python eval.py {name} {example}"
+        return commands.add_parser(name, allow_abbrev=False, help=about, description=about,
+                                   epilog=example)  # fmt: skip
+
     for name in DATASETS:
-        a = commands.add_parser(name, allow_abbrev=False, help=ANSWER[name].__doc__.split("\n")[0])
+        about = ANSWER[name].__doc__.split("\n")[0]
+        a = command(name, about, f"--run runs/toy-{name} --data toy --errors 5")
         add_task_arguments(a, name)
-    a = commands.add_parser("captions", allow_abbrev=False, help="Score captions from files.")
+    a = command("captions", "Score captions from files.", captions.EXAMPLE)
     captions.add_arguments(a)
     for name, about in pictures.PICTURES.items():
-        a = commands.add_parser(name, allow_abbrev=False, help=about)
+        example = "" if name == "masks" else "--run runs/toy "
+        example += "" if name in ("masks", "curves") else "--data toy "
+        a = command(name, about, f"{example}--plot {name}.png")
         pictures.add_arguments(a, name)
-    a = commands.add_parser("search", allow_abbrev=False, help="Find moments by a sentence.")
+    a = command("search", "Find moments by a sentence.", search.EXAMPLE)
     search.add_arguments(a)
     args = parser.parse_args(argv)
     if args.command == "captions":

@@ -77,7 +77,10 @@ class FeatureStore:
         return len(self.place)
 
     def open(self, video: str) -> np.ndarray:
-        """Return one video's features (seconds, E), memory-mapped where the file allows it."""
+        """Return one video's features (seconds, E), memory-mapped where the file allows it.
+
+        Raises: DataError naming the file that is cut, or has another shape or dtype.
+        """
         i = self.place[video]
         file = self.files[i]
         if video in self.arrays:
@@ -107,7 +110,7 @@ class FeatureStore:
         return x if isinstance(x, np.ndarray) else _Slice(x, shape)
 
     def rows(self, video: str, index: np.ndarray) -> np.ndarray:
-        """Read seconds `index` (n,) of one video: (n, E) float32, all finite."""
+        """Read seconds `index` (n,) of one video: (n, E) float32, all finite or DataError."""
         x = self.open(video)
         low = int(index.min()) if len(index) else 0
         high = int(index.max()) + 1 if len(index) else 0
@@ -148,13 +151,17 @@ class ArrayUnpickler(pickle.Unpickler):
     KNOWN["_codecs", "encode"] = _latin1
 
     def find_class(self, module: str, name: str):
+        """Admit what numpy arrays are made of; DataError for all else."""
         if (module, name) not in self.KNOWN:
             raise DataError(f"it names {module}.{name}, wanted numpy arrays and nothing else")
         return self.KNOWN[module, name]
 
 
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """Read {video_id: array (seconds, E)}, nothing in it being run; all of it is held in memory."""
+    """Read {video_id: array (seconds, E)}, nothing in it being run; all of it is held in memory.
+
+    Raises: DataError for a file that is cut, holds anything else or wants something run.
+    """
     try:
         with open(path, "rb") as file:
             found = ArrayUnpickler(file).load()
@@ -169,7 +176,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
 
 
 def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:
-    """Open `--features DIR|FILE`, or every features* folder of DATA as one store."""
+    """Open `--features DIR|FILE`, or each features* folder of DATA as one; DataError if none."""
     if features is not None:
         return FeatureStore(features)
     folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())

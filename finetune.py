@@ -46,14 +46,14 @@ class TuneConfig(LoopConfig):
     """Fine-tune. Settings left at None take the values of TOY or PAPER below, by task."""
 
     task: str = opt("retrieval", "what to learn", at=1, choices=tuple(DATASETS))
-    dataset: str | None = opt(None, "the benchmark, by its folder in DATA (default: first there)",
+    dataset: str | None = opt(None, "benchmark, by its folder in DATA (default: the first)",
                               "data", choices=("msrvtt", "youcook2"))  # fmt: skip
-    held_out: float = opt(0.1, "share of the training videos to choose the best epoch by; 0: none")
+    held_out: float = opt(0.1, "share of training videos to choose the best epoch by (0: none)")
     limit: int | None = opt(None, "train on so many items alone, drawn by the seed (default: all)")
-    stride: int = opt(16, "segmentation, localization: seconds from window to window (paper: 16)")
+    stride: int = opt(16, "segmentation, localization: seconds between windows (paper: 16)")
     train_videos: int = opt(30, "localization: training videos of a task (paper: 30)")
-    tokenizer: str = opt("bert", "captioning: how texts become words for the metrics (paper: bert)",
-                         "objective", choices=("bert", "ptb", "space"))  # fmt: skip
+    tokenizer: str = opt("bert", "captioning: how texts become words (paper: bert)",
+                         "metrics", choices=("bert", "ptb", "space"))  # fmt: skip
     meteor_data: str | None = opt(None, "captioning: METEOR's word lists", metavar="DIR")
 
     POSITIVE = ("stride", "train_videos", "limit")
@@ -68,6 +68,7 @@ class TuneConfig(LoopConfig):
 
     @property
     def name(self) -> str:
+        """Name a run after its data and task."""
         return f"{super().name}-{self.task}"
 
 
@@ -182,7 +183,10 @@ def captioning_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
 
 
 def sums(kind: str, value: Tensor, count: int, chance: float) -> LossSums:
-    """Report a sum over `count` video or text things, as train.py's loop wants it."""
+    """Report a sum over `count` video or text things, as train.py's loop wants it.
+
+    Args: kind: "video" or "text". value: scalar (), nats. chance: nats a thing of knowing nothing.
+    """
     zero, n = value.new_zeros(()), torch.tensor(count, device=value.device)
     none = torch.zeros_like(n)
     if kind == "video":
@@ -283,7 +287,10 @@ def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokeni
 
 
 def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
-    """Fine-tune, test the best epoch; return the summary, the last line of log.jsonl."""
+    """Fine-tune, test the best epoch; return the summary, the last line of log.jsonl.
+
+    Raises: ValueError when there are fewer items than ranks x micro-batches.
+    """
     ranks = start_ranks()
     cfg = ranks.share(settle(cfg, set(given), TOY[cfg.task] | {"dropout": 0.0}, PAPER[cfg.task])
                       if ranks.rank == 0 else None)  # fmt: skip
@@ -359,7 +366,10 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
 
 
 def pre_trained(cfg: TuneConfig) -> Path:
-    """Find the run to start from where none is named: the newest pre-trained one on this data."""
+    """Find the run to start from where none is named: the newest pre-trained one on this data.
+
+    Raises: ValueError when there is none, with what to do.
+    """
     try:
         return newest_run(LoopConfig(data=cfg.data))
     except ValueError:

@@ -52,19 +52,23 @@ class LoopConfig:
         None, "features elsewhere: a folder of .npy or shards, or a .pickle", metavar="DIR|FILE"
     )
     skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
-    workers: int = opt(0, "loader processes a rank; changes speed, never the numbers")
+    workers: int = opt(0, "loader processes a rank; they change speed, never the numbers")
 
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
     init: str | None = opt(None, "start from the weights of this run", metavar="RUN")
-    dropout: float | None = opt(None, "hidden and attention dropout (toy 0; else the model's own)")
+    dropout: float | None = opt(None, "dropout, 0..1 (default: toy 0, else the model's own)")
 
-    steps: int | None = opt(None, "steps (default: what --epochs give)", "optimisation")
-    epochs: float | None = opt(None, "passes over what is trained on (paper: 15)")
-    batch: int | None = opt(None, "clips a step, over ranks and micro-batches (paper: 256)")
+    steps: int | None = opt(None, "steps (default: what --epochs give, see above)", "optimisation")
+    epochs: float | None = opt(None, "passes over the training data (default: above; paper: 15)")
+    batch: int | None = opt(None, "clips a step, over all ranks (default: above; paper: 256)")
     accumulate: int = opt(1, "micro-batches a step; each has its own negatives, V' and clips")
-    lr: float | None = opt(None, "peak rate (paper: 5e-5; narrower models more, 1e-3 at width 128)")
-    warmup: int | None = opt(None, "steps of linear warm-up, at most a tenth of all by default")
+    lr: float | None = opt(
+        None, "peak rate (default: the paper's 5e-5, narrower models more, 1e-3 at width 128)"
+    )
+    warmup: int | None = opt(
+        None, "warm-up steps (default: a tenth of all, at most the paper's 1000, tuning 122)"
+    )
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
     clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
     precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
@@ -104,7 +108,9 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
     Returns: (config, names of the settings that were given on the command line).
     """
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group, groups = parser, {}
     for field in dataclasses.fields(Config):
@@ -115,8 +121,11 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
             parser.add_argument(field.name, help=about["help"], choices=about["choices"])
             continue
         kind = (typing.get_args(field.type) or (field.type,))[0]
-        shown = "" if field.default in (None, False) else f" (default: {field.default})"
-        how = dict(help=about["help"] + shown, default=argparse.SUPPRESS)
+        text, shown = about["help"], field.default
+        if shown is not None and shown is not False:  # at the end, in the brackets that are there
+            start = text[:-1] + "; " if text.endswith(")") else text + " ("
+            text = f"{start}default: {shown})"
+        how = dict(help=text, default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif about["choices"]:
@@ -141,7 +150,7 @@ class Ranks:
     device: torch.device = torch.device("cpu")
 
     def sum(self, x: Tensor) -> Tensor:
-        """Add a tensor up over all ranks, in place."""
+        """Add x, of any shape, up over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
@@ -218,6 +227,7 @@ class Objective(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, batch: Batch) -> LossSums:
+        """Return the loss of this rank's batch."""
         return self.loss(self.model, batch)
 
 
@@ -233,7 +243,12 @@ def close() -> None:
 
 
 def learning_rate(step: int, cfg: LoopConfig) -> float:
-    """Warm up linearly, then decay as a polynomial of degree 1 to 0 (sec. 5.2)."""
+    """Return a step's rate: linear warm-up, then polynomial decay of degree 1 to 0 (sec. 5.2).
+
+    >>> cfg = LoopConfig(steps=100, lr=1.0, warmup=10)
+    >>> [learning_rate(step, cfg) for step in (0, 9, 55, 100)]
+    [0.1, 1.0, 0.5, 0.0]
+    """
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     end = cfg.decay_steps or cfg.steps
@@ -314,7 +329,7 @@ def memory_mib(device: torch.device) -> float:
 
 
 def clock(seconds: float) -> str:
-    """Write a duration.
+    """Write a duration of `seconds`.
 
     >>> clock(75), clock(7500)
     ('1:15', '2:05:00')
@@ -341,10 +356,12 @@ def fit(
              save: writes the model there beside trainer.pt. check: (step, log) -> whether it
              validated after that step, which is then saved too.
     Returns: (step reached, seconds trained): fewer than cfg.steps when a signal asked to stop.
+    Raises:  ValueError after ten steps in a row without a finite loss and gradient.
     """
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
+    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16
     optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
     start, before = 0, 0.0
@@ -458,7 +475,7 @@ class Totals:
             self.chance, self.joint = (sums.video_chance, sums.text_chance), sums.joint
 
     def row(self, ranks: Ranks, seconds: float) -> dict:
-        """Return the interval's means over all ranks, and its rates."""
+        """Return the means of an interval of so many seconds over all ranks, and its rates."""
         video_sum, n_video, text_sum, n_text, tokens, blind, clips = ranks.sum(self.sums).tolist()
         video, text = video_sum / max(1, n_video), text_sum / max(1, n_text)
         share = n_video / max(1, n_video + n_text)
@@ -508,7 +525,7 @@ def whole(batch: Batch | DataError) -> Batch:
 
 
 def save_checkpoint(path: Path, model, optimizer, scaler, step: int, seconds: float, cfg) -> None:
-    """Write all that resuming needs as one file, moved into place when it is whole."""
+    """Write all that resuming needs, seconds trained too, as one file, moved into place whole."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"scaler": scaler.state_dict(), "step": step, "seconds": seconds}
     state |= {"config": dataclasses.asdict(cfg), "torch": str(torch.__version__)}
@@ -526,7 +543,7 @@ def load_checkpoint(path: Path, model, optimizer, scaler) -> tuple[int, float]:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read trainer.pt without running anything in it."""
+    """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

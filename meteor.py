@@ -273,6 +273,7 @@ def index_paraphrases(path: Path) -> np.ndarray:
     """Read the table's lines "chance", "phrase", "put as" into two rows of hashes.
 
     Returns: (2, rows) uint64, ordered by the phrase, rows of one phrase as they stand in the file.
+    Raises:  DataError when the file is another one.
     """
     hashes = [bytearray(), bytearray()]
     try:
@@ -287,11 +288,12 @@ def index_paraphrases(path: Path) -> np.ndarray:
 
 
 def paraphrase_table(path: Path) -> np.ndarray:
-    """Give the index of the paraphrase table, from the user's cache where it is there already.
+    """Give the index of the paraphrase table (2, rows), from the user's cache where it is there.
 
     The cache file is named by the gzip's own checksum, so that another table has another file, and
     its last number is a checksum of the rest. It is written aside and moved into place: neither
-    two processes at once nor one that stops half-way leave half a file behind.
+    two processes at once nor one that stops half-way leave half a file behind. Raises: DataError
+    for a table that cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -381,7 +383,10 @@ def positions(values: Iterable) -> dict[object, list[int]]:
 
 
 def look_up(keys: np.ndarray, table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the value beside each key in a sorted table, 0 for a key that is not in it."""
+    """Return the value (n,) beside each key in a sorted table, 0 for a key that is not in it.
+
+    Args: keys (n,); table (rows,), sorted, and values (rows,).
+    """
     if not len(table):
         return np.zeros(len(keys), values.dtype)
     at = np.minimum(np.searchsorted(table, keys), len(table) - 1)
@@ -389,7 +394,7 @@ def look_up(keys: np.ndarray, table: np.ndarray, values: np.ndarray) -> np.ndarr
 
 
 def find_paraphrases(phrases: list[str], table: np.ndarray) -> dict[int, list[int]]:
-    """Look phrases up in the paraphrase table.
+    """Look phrases up in the paraphrase table (2, rows) of `index_paraphrases`.
 
     Returns: index of a phrase -> indices of those of `phrases` that it may be put as, in the
              table's order; phrases with none are left out.
@@ -609,7 +614,7 @@ def perfect(stats: list[int]) -> bool:
 
 
 def meteor_score(stats: list[int]) -> float:
-    """Turn the counts of a caption, or their sums over a corpus, into METEOR.
+    """Turn the counts of a caption, or their sums over a corpus, into METEOR, 0..1.
 
         P, R    = weighted matches / weighted words, of the hypothesis and of the reference
         F       = 1 / ((1 - alpha) / P + alpha / R)                  alpha = 0.85

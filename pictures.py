@@ -1,5 +1,7 @@
-"""Pictures of a run (sec. 5.5.2, Figure 4), drawn with matplotlib: pip install matplotlib.
+"""Pictures of the model and of a run (Figures 2-4, sec. 5.5.2): pip install matplotlib.
 
+    python eval.py masks --plot masks.png                            the six attention masks
+    python eval.py sequence --run RUN --data DATA --plot sequence.png         what is hidden (Eq. 2)
     python eval.py heads --run RUN --data DATA --plot heads.png      who looks at whom in one clip
     python eval.py space --run RUN --data DATA --plot space.png      video and word tokens, in 2-d
     python eval.py curves --run RUN --plot curves.png                loss and validation by step
@@ -17,16 +19,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks import Clip
-from data import FeatureStore, pairs
+from data import Corpus, FeatureStore, open_data, pairs
 from search import fitting_features
 from tasks import DATASETS, open_task
-from vlm import VLM, Batch, load_run
+from vlm import KINDS, VLM, Batch, attention_mask, load_run
 
 BLUE, ORANGE, GREY = "#2060a0", "#d06020", "#808080"
 
 
 def matplotlib():
-    """Import pyplot, drawing to files, or say how to get it."""
+    """Import pyplot, drawing to files; ValueError says how to get it."""
     try:
         import matplotlib
     except ImportError:
@@ -38,11 +40,101 @@ def matplotlib():
 
 
 def save(figure, path: str | Path) -> None:
-    """Write a figure 1200 pixels wide."""
+    """Write a figure 1200 pixels wide, a PNG in 256 colours; ValueError if it cannot be."""
     try:
         figure.savefig(path, dpi=1200 / figure.get_figwidth())
+        if str(path).endswith(".png"):
+            from PIL import Image  # matplotlib brings it
+
+            Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"--plot {path}: cannot be written ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# The six attention masks (Figure 3), and the sequence with what is hidden of it (Figure 2)
+
+USED = {  # what each mask is for, and what stands in the place of the modality that is not there
+    "full": "pre-training (sec. 3)",
+    "retrieval": "video and text apart (sec. 4.1)",
+    "segmentation": "a window and a dummy text (sec. 4.2)",
+    "localization": "video or a step, beside a dummy (sec. 4.3)",
+    "qa": "video or an answer, beside a dummy (sec. 4.4)",
+    "captioning": "a word sees the words before it (sec. 4.5)",
+}
+
+
+def plot_masks(path: str | Path, V: int = 6, T: int = 5) -> None:
+    """Draw who may look at whom: V seconds of video, T text tokens with their [SEP]."""
+    plt = matplotlib()
+    names = ["[CLS]", *(f"v{i + 1}" for i in range(V)), "[SEP]"]
+    names += [*(f"t{i + 1}" for i in range(T - 1)), "[SEP]"]
+    kind = torch.tensor([1] + [2] * (V + 1) + [3] * T)  # the column's modality gives the colour
+    valid = [torch.ones(1, n, dtype=torch.bool) for n in (V, T)]
+    colors = plt.matplotlib.colors.ListedColormap(["white", GREY, BLUE, ORANGE])
+    figure, axes = plt.subplots(2, 3, figsize=(12, 9), layout="constrained")
+    for axis, name in zip(axes.flat, KINDS, strict=True):
+        axis.imshow((attention_mask(name, *valid)[0] * kind).numpy(), cmap=colors, vmin=0, vmax=3)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+        axis.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_xticks(np.arange(-0.5, len(names)), minor=True)
+        axis.set_yticks(np.arange(-0.5, len(names)), minor=True)
+        axis.grid(which="minor", color="white", lw=1.5)
+        axis.tick_params(which="both", length=0)
+        axis.spines[:].set_visible(False)
+        axis.set_title(f"{name}\n{USED[name]}", fontsize=11)
+    figure.suptitle("rows may look at coloured columns: video blue, text orange", fontsize=12)
+    save(figure, path)
+    plt.close(figure)
+
+
+def examples(batch: Batch, longest: int) -> list[tuple[str, int]]:
+    """Find a clip of each way of hiding (sec. 3.3) that fits: (what is hidden, row of the batch).
+
+    Raises: ValueError when the batch has none of at most `longest` tokens.
+    """
+    size = batch.video_valid.sum(1) + batch.text_valid.sum(1)
+    video = (batch.video_hidden == batch.video_valid).all(1) & ~batch.text_hidden.any(1)
+    words = batch.text_valid.sum(1) - 1
+    text = (batch.text_hidden.sum(1) == words) & ~batch.video_hidden.any(1)
+    some = batch.video_hidden.any(1) & batch.text_hidden.any(1)
+    ways = {"25 %: all video": video, "25 %: all text": text, "50 %: single tokens": some}
+    found = []
+    for k, (name, rows) in enumerate(ways.items()):
+        rows = (rows & (size <= longest)).nonzero()[:, 0].tolist()
+        if not rows:
+            raise ValueError(f"no clip of at most {longest} tokens shows this: {name} hidden")
+        found.append((name, rows[k * len(rows) // 3]))  # clips of other videos
+    return found
+
+
+def plot_sequence(tokenizer: Tokenizer, corpus: Corpus, path: str | Path, longest: int = 34):
+    """Draw three clips as the encoder reads them (Eq. 2), hidden tokens filled (sec. 3.2, 3.3)."""
+    plt = matplotlib()
+    batch = corpus.step(0, 1024)
+    figure, axes = plt.subplots(3, 1, figsize=(12, 4.8), layout="constrained")
+    for axis, (way, row) in zip(axes, examples(batch, longest), strict=True):
+        V, T = int(batch.video_valid[row].sum()), int(batch.text_valid[row].sum())
+        read = [tokenizer.id_to_token(i) for i in batch.text[row, :T].tolist()]
+        names = ["[CLS]", *(f"v{i + 1}" for i in range(V)), "[SEP]", *read]
+        hidden = [False, *batch.video_hidden[row, :V].tolist(), False]
+        hidden += batch.text_hidden[row, :T].tolist()
+        places = [*range(V + 1), corpus.c.max_video_len + 1]
+        places += range(places[-1] + 1, places[-1] + 1 + T)
+        for x, (name, h, place) in enumerate(zip(names, hidden, places, strict=True)):
+            color = BLUE if 0 < x <= V else ORANGE if V + 1 < x < V + 1 + T else GREY
+            face = color if h else "white"
+            axis.add_patch(plt.Rectangle((x + 0.06, 0), 0.88, 1, fc=face, ec=color, lw=1.2))
+            axis.text(x + 0.5, 0.5, name, rotation=90, ha="center", va="center", fontsize=9,
+                      color="white" if h else "black")  # fmt: skip
+            axis.text(x + 0.5, -0.16, place, ha="center", va="center", fontsize=8, color=GREY)
+        axis.set(xlim=(0, longest + 2), ylim=(-0.3, 1.05))
+        axis.set_axis_off()
+        axis.set_title(f"{way} hidden", fontsize=11, loc="left")
+    said = "Filled tokens are to be predicted: seconds v1.. read as zeros, words as [MASK] "
+    figure.suptitle(said + "(10 % another, 10 % itself). Below: positions", fontsize=12)
+    save(figure, path)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,7 +162,10 @@ def attention(model: VLM, batch: Batch, kind: str = "full") -> Tensor:
 
 
 def crossing(weights: Tensor, V: int) -> Tensor:
-    """Measure how much each head looks from one modality at the other: (layers, H) in 0..1."""
+    """Measure how much each head looks from one modality at the other: (layers, H) in 0..1.
+
+    weights (layers, 1, H, L, L), of one clip with V seconds.
+    """
     video, text = slice(1, V + 1), slice(V + 2, weights.shape[3] - 1)
     over = weights[:, 0, :, video, text].sum(3).mean(2)
     return (over + weights[:, 0, :, text, video].sum(3).mean(2)) / 2
@@ -125,7 +220,7 @@ def plot_heads(
 
 
 def plane(x: Tensor) -> tuple[Tensor, list[float]]:
-    """Project rows (N, D) on their first two principal axes: (N, 2), and each axis's share."""
+    """Project x (N, D) on its first two principal axes: (N, 2), and each axis's share, 0..1."""
     x = x.double() - x.double().mean(0)
     _, s, axes = torch.linalg.svd(x, full_matrices=False)
     return x @ axes[:2].T, (s[:2].square() / s.square().sum()).tolist()
@@ -174,7 +269,10 @@ def plot_space(
 
 
 def plot_curves(run: str | Path, path: str) -> None:
-    """Draw what log.jsonl holds: the loss beside chance, each modality's, and validation."""
+    """Draw what log.jsonl holds: the loss beside chance, each modality's, and validation.
+
+    Raises: ValueError when there is no log with a step.
+    """
     plt = matplotlib()
     log = Path(run) / "log.jsonl"
     if not log.exists():
@@ -215,9 +313,11 @@ def plot_curves(run: str | Path, path: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# python eval.py heads | space | curves
+# python eval.py masks | sequence | heads | space | curves
 
 PICTURES = {
+    "masks": "Draw the six attention masks (Figure 3).",
+    "sequence": "Draw three clips as the encoder reads them, hidden tokens filled (Eq. 2).",
     "heads": "Draw attention heads of a clip, with its words and seconds (Figure 4).",
     "space": "Draw video tokens and word embeddings in two dimensions (sec. 5.5.2).",
     "curves": "Draw the loss and the validation metric of a run by step.",
@@ -226,20 +326,32 @@ PICTURES = {
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Declare one picture's flags."""
-    parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
-    parser.add_argument("--plot", required=True, metavar="FILE.png", help="picture to write")
-    if name != "curves":
-        parser.add_argument("--data", required=True, metavar="DIR", help="folder as data.py says")
-        parser.add_argument("--features", metavar="DIR", help="features elsewhere")
-        parser.add_argument("--dataset", choices=DATASETS["retrieval"], help="default: the first")
+    add = parser.add_argument
+    add("--plot", required=True, metavar="FILE.png", help="picture to write")
+    if name != "masks":
+        add("--run", required=True, metavar="RUN", help="run directory")
+    if name not in ("masks", "curves"):
+        add("--data", required=True, metavar="DIR", help="folder as data.py says")
+        add("--features", metavar="DIR|FILE", help="features elsewhere than in DATA")
+    if name in ("heads", "space"):
+        how = "whose test clips (default: the first there)"
+        add("--dataset", choices=DATASETS["retrieval"], help=how)
     if name == "heads":
-        parser.add_argument("--item", type=int, default=0, metavar="N", help="which test clip (0)")
+        how = "which test clip, from 0 (default: 0)"
+        add("--item", type=int, default=0, metavar="N", help=how)
 
 
 def command(name: str, args: argparse.Namespace) -> int:
     """Draw one picture."""
-    if name == "curves":
+    if name == "masks":
+        plot_masks(args.plot)
+    elif name == "curves":
         plot_curves(args.run, args.plot)
+    elif name == "sequence":
+        model, tokenizer = load_run(args.run)
+        features = fitting_features(args, model)
+        data, _ = open_data(args.data, features, tokenizer, model.config)
+        plot_sequence(tokenizer, data.train, args.plot)
     else:
         model, tokenizer = load_run(args.run)
         features = fitting_features(args, model)

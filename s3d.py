@@ -54,7 +54,7 @@ SUFFIXES = set(
 class Unit(nn.Module):
     """Convolution, BatchNorm, ReLU; a separable one does this over space, then over time.
 
-    Names are the public weights' own. x (B, c_in, T, H, W) -> (B, c_out, ..).
+    Names are the public weights' own.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel=1, padding=0, separable: bool = False):
@@ -69,6 +69,7 @@ class Unit(nn.Module):
             self.bn2 = nn.BatchNorm3d(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, c_in, T, H, W) -> (B, c_out, ..)."""
         x = F.relu_(self.bn1(self.conv1(x)))
         return F.relu_(self.bn2(self.conv2(x))) if self.separable else x
 
@@ -87,6 +88,7 @@ class Gating(nn.Module):
         self.fc = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, T, H, W) -> the same shape."""
         weight = torch.sigmoid(self.fc(x.mean((2, 3, 4))))  # (B, C)
         return x * weight[:, :, None, None, None]
 
@@ -94,9 +96,10 @@ class Gating(nn.Module):
 def max_pool(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Max-pool with TensorFlow's SAME padding: max(kernel - stride, 0) zeros, sizes rounded up.
 
-    The smaller half of the zeros stands in front; that half is empty for every pool of S3D. x is
-    never negative (ReLU came before), so a window that hangs over the end (ceil_mode) already sees
-    as much as one that sees zeros, and only sizes that the stride does not divide need real ones.
+    The smaller half of the zeros stands in front; that half is empty for every pool of S3D.
+    x (B, C, T, H, W) is never negative (ReLU came before), so a window that hangs over the end
+    (ceil_mode) already sees as much as one that sees zeros, and only sizes that the stride does not
+    divide need real ones.
     """
     pad = []
     for k, s, n in zip(kernel[::-1], stride[::-1], x.shape[:1:-1], strict=True):  # W, H, T
@@ -122,6 +125,7 @@ class Mixed(nn.Module):
         self.gating_b2, self.gating_b3 = Gating(b2_b), Gating(b3_b)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, c_in, T, H, W) -> (B, b0 + b1_b + b2_b + b3_b, T, H, W)."""
         b0 = self.conv_b0(x)
         b1 = self.conv_b1_b(self.conv_b1_a(x))
         b2 = self.conv_b2_b(self.conv_b2_a(x))
@@ -198,7 +202,7 @@ class S3D(nn.Module):
 
 
 def check_frames(frames: Tensor) -> None:
-    """Refuse frames that the network would turn into numbers without a meaning."""
+    """Meet frames that are not (B, 3, T, H, W) floats in [0, 1] with a ValueError."""
     shape = tuple(frames.shape)
     if len(shape) != 5 or shape[1] != 3 or 0 in shape or any(n % 2 for n in shape[2:]):
         raise ValueError(
@@ -293,7 +297,7 @@ class VideoError(ValueError):
 
 
 def import_av():
-    """Import PyAV, or say how to get it."""
+    """Import PyAV; ValueError says how to get it."""
     try:
         import av
     except ImportError:
@@ -326,6 +330,7 @@ def at_30_fps(frames: Iterator[tuple], origin: Fraction | None = None) -> Iterat
 
     Args:    frames: (frame, start, end) in seconds; origin: where second 0 is, None = first frame.
     Yields:  the frame to be seen there: the last one whose start, rounded to 1/30 s, has come.
+    Raises:  VideoError for a gap of many seconds.
 
     >>> frames = [("a", Fraction(0), None), ("b", Fraction(1, 10), Fraction(1, 6))]
     >>> "".join(at_30_fps(frames))
@@ -346,7 +351,10 @@ def at_30_fps(frames: Iterator[tuple], origin: Fraction | None = None) -> Iterat
 
 
 def upright(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turn and mirror a picture (H, W, 3) as its file's display matrix (9,) asks, 16.16 fixed."""
+    """Turn and mirror rgb (H, W, 3) as its file's display matrix (9,) asks, 16.16 fixed.
+
+    Raises: VideoError for an angle that is no quarter turn.
+    """
     a, b, c, d = np.sign(np.round(matrix[[0, 1, 3, 4]] / 65536)).astype(int)
     if abs(a) + abs(b) != 1 or (a, b) not in ((d, -c), (-d, c)):
         raise VideoError("turned by an angle that is no quarter turn")
@@ -356,7 +364,10 @@ def upright(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def picture(frame, reformatter) -> np.ndarray:
-    """Resize the short side to 224, turn upright, cut out the centre: (224, 224, 3) uint8 RGB."""
+    """Resize the short side to 224, turn upright, cut out the centre: (224, 224, 3) uint8 RGB.
+
+    Raises: VideoError for a picture of more than 50 to 1.
+    """
     short = min(frame.width, frame.height)
     if max(frame.width, frame.height) > 50 * short:
         raise VideoError(f"pictures of {frame.width} x {frame.height}, wanted at most 50 to 1")
@@ -385,7 +396,10 @@ def stated_seconds(container, stream) -> float:
 
 
 def choose_stream(container, cover: int) -> tuple:
-    """Find the pictures of a file: (stream, where second 0 is, or None for its first frame)."""
+    """Find the pictures of a file: (stream, where second 0 is, or None for its first frame).
+
+    Raises: VideoError when there are none.
+    """
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
         raise VideoError("no pictures in it, sound only?")
@@ -497,6 +511,8 @@ def find_videos(paths: list[str]) -> dict[str, Path]:
 def take_shard(videos: dict[str, Path], shard: str) -> dict[str, Path]:
     """Take every N-th video, from the I-th on, of I/N; all shards together take each video once.
 
+    Raises: ValueError for another form.
+
     >>> take_shard({"a": 1, "b": 2, "c": 3}, "1/2")
     {'a': 1, 'c': 3}
     """
@@ -521,7 +537,7 @@ def write_aside(path: Path, write: Callable) -> None:
 
 
 def mark_folder(out: Path, marks: dict) -> None:
-    """Write down in s3d.json whose features a folder holds; refuse a folder of other ones.
+    """Write down in s3d.json whose features a folder holds; ValueError for a folder of others.
 
     Features of random weights look like any others: this file is how to tell them apart later.
     """
@@ -578,20 +594,33 @@ def extract_all(model: nn.Module, videos: dict[str, Path], out: Path, **settings
     return broken
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Extract features of videos; the exit code is 1 if some were broken."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def arguments() -> argparse.ArgumentParser:
+    """Declare the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     a = parser.add_argument
     a("videos", nargs="+", metavar="VIDEO_OR_FOLDER", help="folders are walked to the bottom")
-    a("--weights", metavar="W", help="s3d_howto100m.pth, the public weights")
-    a("--random-weights", type=int, metavar="SEED", help="random weights instead: a dry run")
-    a("--out", type=Path, required=True, help="folder of features, <video_id>.npy each")
-    a("--no-normalize", action="store_true", help="keep rows as they are (default: length 1)")
-    a("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster, 1 %% off")
-    a("--shard", default="1/1", metavar="I/N", help="do every N-th video from the I-th on")
-    a("--batch", type=int, default=4, help="seconds of video at once (default 4)")
+    a = parser.add_argument_group("the network").add_argument
+    a("--weights", metavar="FILE", help="s3d_howto100m.pth, the public weights")
+    a("--random-weights", type=int, metavar="SEED", help="random weights of a seed: a dry run")
+    a = parser.add_argument_group("what is written").add_argument
+    a("--out", type=Path, required=True, metavar="DIR", help="features, <video_id>.npy each")
+    a("--no-normalize", action="store_true", help="keep rows as they are, not of length 1")
+    a = parser.add_argument_group("speed").add_argument
+    a("--precision", choices=("fp32", "bf16"), default="fp32",
+      help="bf16: faster, 1 %% off (default: fp32)")  # fmt: skip
+    a("--shard", default="1/1", metavar="I/N",
+      help="every N-th video from the I-th on (default: 1/1)")  # fmt: skip
+    a("--batch", type=int, default=4, metavar="N", help="seconds of video at once (default: 4)")
     a("--device", help="cpu, cuda, cuda:1 .. (default: cuda if there is one)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Extract features of videos; the exit code is 1 if some were broken."""
+    args = arguments().parse_args(argv)
     if (args.weights is None) == (args.random_weights is None):
         raise ValueError("give --weights s3d_howto100m.pth or, to try without, --random-weights 0")
     if args.batch < 1:

@@ -62,21 +62,22 @@ def read_video(model: VLM, features: FeatureStore, video: str, stride: int | Non
 
 
 def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Take away each modality's mean over training clips and scale to length 1."""
+    """Take each modality's mean over training clips from text, video (N, D); scale to length 1."""
     text, video = text - model.text_mean.cpu(), video - model.video_mean.cpu()
-    return (torch.nn.functional.normalize(x, dim=1) for x in (text, video))
+    return tuple(torch.nn.functional.normalize(x, dim=1) for x in (text, video))
 
 
 def spaces(model: VLM, text: Tensor, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the spaces to compare in: the paper's and, before fine-tuning, the centred one."""
+    """Return the spaces to compare text, video (N, D) in: the paper's and, before fine-tuning, the
+    centred one, each {name: (text, video)}."""
     out = {"dot product": (text, video)}
     if model.config.stage == "pre-trained":
-        out["centred cosine"] = tuple(centre(model, text, video))
+        out["centred cosine"] = centre(model, text, video)
     return out
 
 
 def fitting_features(args: argparse.Namespace, model: VLM) -> FeatureStore:
-    """Open the features and check that the model reads such."""
+    """Open the features; ValueError if the model reads others."""
     features = open_features(getattr(args, "data", "."), args.features)
     if features.width != model.config.video_dim:
         raise ValueError(
@@ -173,15 +174,20 @@ def best_of_each(found: list[Moment]) -> list[Moment]:
 # python eval.py search
 
 
+EXAMPLE = '--run runs/toy --features toy/features --top 3 "slice the onion"'
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the search's flags."""
     parser.add_argument("query", help='what to look for, in words: "pour the sauce over it"')
     parser.add_argument("--run", required=True, metavar="RUN", help="run directory")
-    parser.add_argument("--features", required=True, metavar="DIR|FILE", help="features to search")
-    parser.add_argument("--within", metavar="VIDEO", help="rank the windows of this video alone")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="rows to print (10)")
-    parser.add_argument("--stride", type=int, metavar="N", help="seconds between windows (16)")
-    parser.add_argument("--json", metavar="FILE", help="write all rows, ranked, as JSON")
+    add = parser.add_argument
+    add("--features", required=True, metavar="DIR|FILE", help="features to search")
+    add("--within", metavar="VIDEO", help="rank the windows of this video alone")
+    add("--top", type=int, default=10, metavar="N", help="rows to print (default: 10)")
+    how = "seconds from one window to the next (default: 16)"
+    add("--stride", type=int, metavar="N", help=how)
+    add("--json", metavar="FILE", help="write all rows, ranked, to this file as JSON")
 
 
 def command(args: argparse.Namespace) -> int:

@@ -76,7 +76,11 @@ class Task:
 
 
 def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
-    """Take the dataset that was asked for, or the first of the task's that DATA has."""
+    """Take the dataset that was asked for, or the first of the task's that DATA has.
+
+    Raises: ValueError for an unknown task, DataError for a dataset that it is not read from or
+    that is not there.
+    """
     if name not in DATASETS:
         raise ValueError(f"task {name!r} is unknown: choose one of {', '.join(DATASETS)}")
     if dataset and dataset not in DATASETS[name]:
@@ -143,7 +147,7 @@ def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:
 
 
 def hold_out(keys: list, share: float, rng: np.random.Generator) -> tuple[list, list]:
-    """Split training videos in two: (to train on, to validate by), at least one each."""
+    """Split training videos in two: (to train on, a `share` in 0..1 to validate by)."""
     n = min(len(keys) - 1, max(1, round(share * len(keys)))) if share and len(keys) > 1 else 0
     chosen = set(rng.permutation(len(keys))[:n].tolist())
     return [k for i, k in enumerate(keys) if i not in chosen], [keys[i] for i in sorted(chosen)]

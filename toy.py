@@ -152,7 +152,8 @@ class World:
 def write_toy(folder: str | Path, seed: int = 0, scale: float = 1.0) -> None:
     """Write the toy world into a new or empty folder, laid out as data.py says.
 
-    Args: seed: another one, another world. scale: share of the videos and clips to write.
+    Args:   seed: another one, another world. scale: share of the videos and clips to write.
+    Raises: ValueError when the folder is not empty.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

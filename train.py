@@ -8,7 +8,9 @@
 A run directory holds model.safetensors, config.json, tokenizer.json (the model), trainer.pt (all
 that resuming needs) and log.jsonl (what was printed; its last line is the summary).
 
-The loop itself, with ranks, precision, schedule and checkpoints, stands in loop.py.
+Without --steps and --epochs: the toy world takes 1,000 steps of 32 clips, 2 of a video, without
+dropout; other data the paper's 15 epochs of 256 clips, 32 of a video. The loop itself, with ranks,
+precision, schedule and checkpoints, stands in loop.py.
 """
 
 import dataclasses
@@ -42,12 +44,14 @@ class TrainConfig(LoopConfig):
     min_text: int = opt(
         8, "shortest clip text in word pieces; the longest is 64 (paper: 8)", "data"
     )
-    clips_per_video: int | None = opt(None, "clips of one video in a batch (toy 2; paper: 32)")
+    clips_per_video: int | None = opt(
+        None, "clips of one video in a batch (default: toy 2; paper 32)"
+    )
     layers: int = opt(3, "without --bert and --init: layers of a new, random BERT", "model")
-    width: int = opt(128, "without --bert and --init: its hidden size; heads are 32 wide")
+    width: int = opt(128, "without --bert and --init: hidden size; heads are 32 wide")
     loss: str = opt("vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", "objective",
                     choices=("vlm", "mfm-mlm"))  # fmt: skip
-    mmm: float = opt(0.5, "share of clips that lose a whole modality (paper: 0.5; Table 8)")
+    mmm: float = opt(0.5, "share of clips, 0..1, that lose a whole modality (paper: 0.5)")
 
     POSITIVE = ("clips_per_video", "layers", "width")
     WARMUP = 1000  # steps (sec. 5.2)
@@ -71,7 +75,10 @@ PAPER = dict(epochs=15, batch=256, clips_per_video=32)  # lr and warm-up: see `f
 
 
 def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPER) -> LoopConfig:
-    """Fill what was left open: from the run that goes on, or the toy world's or the paper's."""
+    """Fill what was left open: from the run that goes on, or the toy world's or the paper's.
+
+    Raises: ValueError when the run that should go on is one of another kind.
+    """
     if cfg.resume:
         out = Path(cfg.out or newest_run(cfg))
         saved = read_checkpoint(out / "trainer.pt")["config"]
@@ -110,7 +117,7 @@ def is_toy(data: str) -> bool:
 
 
 def newest_run(cfg: LoopConfig) -> Path:
-    """Find the run that --resume without --out means: the newest one of this name."""
+    """Find the newest run of this name, which --resume without --out means; ValueError if none."""
     named = re.compile(re.escape(cfg.name) + r"(-\d+)?")
     runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named.fullmatch(p.parent.name)]
     if not runs:
@@ -119,7 +126,7 @@ def newest_run(cfg: LoopConfig) -> Path:
 
 
 def run_directory(cfg: LoopConfig) -> Path:
-    """Choose or check the run directory: a new run never writes into another."""
+    """Choose or check the run directory: a new run in another one's is a ValueError."""
     if cfg.out:
         out = Path(cfg.out)
         if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -132,7 +139,10 @@ def run_directory(cfg: LoopConfig) -> Path:
 
 
 def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM, Tokenizer]:
-    """Make the model for features E wide; its weights depend on seed, --bert and --init alone."""
+    """Make the model for features E wide; its weights depend on seed, --bert and --init alone.
+
+    Raises: DataError where features, vocabulary and weights do not fit together.
+    """
     torch.manual_seed(cfg.seed)
     if run_to_read := cfg.out if cfg.resume else cfg.init:
         model, tokenizer = load_run(run_to_read)
@@ -181,7 +191,10 @@ def build(cfg: TrainConfig, say: Callable[[str], None]) -> tuple[VLM, Tokenizer,
 
 
 def begin(cfg: LoopConfig, ranks: Ranks) -> None:
-    """Check that the batch divides, and write the toy world if it is asked for and not there."""
+    """Write the toy world if it is asked for and not there.
+
+    Raises: ValueError for a batch that ranks and micro-batches do not divide.
+    """
     if cfg.batch % (ranks.world * cfg.accumulate):
         raise ValueError(
             f"--batch {cfg.batch} is not divisible by {ranks.world} ranks x "
@@ -230,7 +243,7 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
 
 
 def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seconds: float) -> dict:
-    """Evaluate the trained model, save it with its means, print and log the summary."""
+    """Evaluate the model, trained for `seconds`, save it with its means, log the summary."""
     set_means(model, data.train)
     summary = {"final": True, "steps": cfg.steps, "loss": None, "chance": None}
     if data.val:

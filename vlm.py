@@ -1,11 +1,12 @@
-"""VLM: one BERT that reads video, text or both (Xu et al., Findings of ACL 2021, sec. 3 and 4).
+"""VLM: one BERT that reads video, text or both (Xu et al., Findings of ACL 2021, Figure 1).
 
     position   0      1 .. 32        33      34 ..               95
     token     [CLS]   v1 .. v32     [SEP]    t1 .. tn  [SEP] [PAD] ..       Eq. 2
     segment    0      0              0       1 ..
 
-Read from top to bottom: a batch, attention masks (Figure 3), what VLM adds to BERT (bert.py),
-Eq. 9, and the whole model: encoding, captions, both pre-training losses. Files: weights.py.
+Sec. 3 and 4, to be read from top to bottom: a batch, attention masks (Figure 3), what VLM adds to
+BERT (bert.py), Eq. 9, the whole model: encoding, captions, both pre-training losses. Files:
+weights.py.
 
     python vlm.py masks                 draws the six attention masks in the terminal (instantly)
     python vlm.py convert CHECKPOINT --bert BERT --out RUN      the authors' release as a run
@@ -167,9 +168,9 @@ class PredictionHead(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Noise contrastive estimation (Eq. 6 and 9)
 
-# Logits held at a time, above which rows go chunk by chunk: what a CPU's cache holds (16 MiB), or
-# enough to keep a GPU busy (256 MiB).
-LOGITS_AT_ONCE = {"cpu": 16777216, "other": 2**26}
+# Logits held at a time, above which rows go chunk by chunk: 64 MiB on a CPU, where each chunk costs
+# another gradient of D, or what keeps a GPU busy (256 MiB).
+LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**26}
 
 
 def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tensor:
@@ -180,6 +181,10 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
              (M_v, D), each a candidate of its row alone; that of the others is row index (M_t,)
              int64 of the last pool. bias (P,) is added to the last pool's logits.
     Returns: (M,) nats, fp32 or better.
+
+    >>> e, V_, D = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2)  # all look alike
+    >>> round(float(nce(e, [V_, D], own=e).exp()))  # four candidates: the truth, V' and two words
+    4
     """
     wide = torch.promote_types(e.dtype, torch.float32)  # sums in fp32, whatever the autocast
     own = e[:0] if own is None else own
@@ -197,7 +202,7 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
 
 
 def nce_in_chunks(e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None) -> Tensor:
-    """Take -log NCE as `nce`, in chunks of rows of at most `at_once` logits, or one row: (M,).
+    """Take -log NCE of e (M, D) as `nce` (M,), `at_once` logits or one row at a time.
 
     Each chunk's logits are thrown away after its sum and computed again in backward.
     """
@@ -231,7 +236,10 @@ class LossSums:
     joint: bool  # True: one mean over both kinds (Eq. 8); False: the sum of two means (Eq. 7)
 
     def value(self, video_count: Tensor | None = None, text_count: Tensor | None = None) -> Tensor:
-        """Divide by the given counts (default: this batch's own); 0 where nothing is hidden."""
+        """Divide by video_count, text_count, scalars () (default: this batch's own): nats a token.
+
+        Nothing hidden: 0.
+        """
         video = self.video_count if video_count is None else video_count
         text = self.text_count if text_count is None else text_count
         if self.joint:
@@ -279,7 +287,7 @@ class VLM(nn.Module):
             nn.init.zeros_(module.bias)
 
     def set_dropout(self, p: float) -> None:
-        """Change hidden and attention dropout to p, from now on and in the config."""
+        """Change hidden and attention dropout to p, in 0..1, from now on and in the config."""
         self.config.hidden_dropout_prob = self.config.attention_probs_dropout_prob = p
         for module in self.modules():
             if isinstance(module, nn.Dropout):
@@ -295,6 +303,7 @@ class VLM(nn.Module):
         Args:    video (B, V, E); valid (B, V) bool; hidden (B, V) bool, inside valid, or None.
         Returns: x (B, V, D): what the encoder reads, a hidden second as MLP(0) (sec. 3.2);
                  own (N, D): MLP of every real second's own feature, hidden or not, packed.
+        Raises:  ValueError for features of another width or a clip that is too long.
         """
         c = self.config
         if video.ndim != 3 or video.shape[:2] != valid.shape or video.shape[2] != c.video_dim:
@@ -318,7 +327,7 @@ class VLM(nn.Module):
         return pad(x, rows, *valid.shape), own
 
     def word_tokens(self, ids: Tensor) -> Tensor:
-        """Look word pieces up: (B, T) int64 -> (B, T, D)."""
+        """Look word pieces up: ids (B, T) int64 -> (B, T, D); ValueError outside 0..W-1."""
         if ids.device.type == "cpu" and ids.numel():  # elsewhere the look would stall the device
             low, high = ids.min().item(), ids.max().item()
             if low < 0 or high >= self.config.vocab_size:
@@ -334,7 +343,10 @@ class VLM(nn.Module):
         return self.word_tokens(torch.full((B, 1), token_id, device=device))
 
     def places(self, V: int, T: int, device) -> tuple[Tensor, Tensor]:
-        """Return position and segment ids (L,) of [CLS] v.. [SEP] t..: fixed, whatever V is."""
+        """Return position and segment ids (L,) of [CLS] v.. [SEP] t..: fixed, whatever V is.
+
+        Raises: ValueError for a text that does not fit.
+        """
         sep = self.config.max_video_len + 1
         if T > self.config.max_text_len:
             raise ValueError(
@@ -432,6 +444,7 @@ class VLM(nn.Module):
         """Give each second its label logits (sec. 4.2): (B, V, E), (B, V) -> (B, V, K).
 
         Videos of any length: a second's logits are averaged over the windows that hold it.
+        Raises: ValueError without a classifier (num_labels 0).
         """
         if not self.config.num_labels:
             raise ValueError("this model has num_labels 0: fine-tune it for segmentation first")
@@ -631,7 +644,10 @@ def draw_mask(kind: str, V: int, T: int) -> str:
 
 
 def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
-    """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor."""
+    """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor.
+
+    Raises: ValueError when `out` is not empty or vocabulary and checkpoint are not a pair.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty: choose another")
     tokenizer = load_tokenizer(bert)
@@ -649,16 +665,20 @@ def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of this file's small commands."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    masks = commands.add_parser(
-        "masks", allow_abbrev=False, help="draw the six attention masks (Figure 3)"
-    )
-    masks.add_argument("--video", type=int, default=4, help="video tokens, seconds (default 4)")
-    masks.add_argument("--text", type=int, default=4, help="text tokens with [SEP] (default 4)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    a = commands.add_parser("masks", allow_abbrev=False, epilog="example: python vlm.py masks",
+                            help="draw the six attention masks (Figure 3)")  # fmt: skip
+    how = "video tokens, one a second (default: 4)"
+    a.add_argument("--video", type=int, default=4, metavar="N", help=how)
+    how = "text tokens with their [SEP] (default: 4)"
+    a.add_argument("--text", type=int, default=4, metavar="N", help=how)
     a = commands.add_parser(
-        "convert", allow_abbrev=False, help="turn the authors' fairseq checkpoint into a run"
-    )
+        "convert", allow_abbrev=False, help="turn the authors' fairseq checkpoint into a run",
+        epilog="example: python vlm.py convert checkpoint_best.pt --bert bert-base-uncased --out "
+               "runs/release",
+    )  # fmt: skip
     a.add_argument("checkpoint", type=Path, help="checkpoint_best.pt, as released")
     a.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new run directory")
     a.add_argument("--bert", required=True, metavar="DIR", help="folder or file of the vocabulary, "

@@ -45,7 +45,10 @@ class LoadReport:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors or a PyTorch .bin/.pt of tensors alone; nothing in it is ever run."""
+    """Read a .safetensors or a PyTorch .bin/.pt of tensors alone; nothing in it is ever run.
+
+    Raises: ValueError for a file that is missing, cut or of another kind.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -70,7 +73,7 @@ def first_line(error: Exception) -> str:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Find the weights in a Hugging Face directory, or take a file as it is."""
+    """Find the weights in a Hugging Face directory (or ValueError), or take a file as it is."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -180,6 +183,7 @@ class Harmless(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str):
+        """Admit tensors; everything else becomes an inert stand-in."""
         return self.KNOWN.get((module, name), Inert)
 
 
@@ -200,7 +204,7 @@ def read_mmpt(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a fairseq checkpoint, of {"state_dict": ..} or of a bare dict, in fp32.
 
     The file holds configuration objects of packages that nobody has any more; they are replaced by
-    `Inert`, so nothing is imported and nothing in it runs.
+    `Inert`, so nothing is imported and nothing in it runs. Raises: ValueError for another file.
     """
     path = Path(path)
     try:
@@ -250,6 +254,7 @@ def mmpt_config(path: str | Path, heads: int | None = None) -> dict:
 
     Args:    heads: attention heads, which no tensor tells; default: width 64 each, as all BERTs.
     Returns: keyword arguments for vlm.VLMConfig.
+    Raises:  ValueError naming the tensor that is missing.
     """
     shapes = {mmpt_name(k): tuple(x.shape) for k, x in read_mmpt(path).items()}
     table = "bert.embeddings.{}_embeddings.weight"
@@ -310,7 +315,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json or an uncased vocab.txt, or a folder that holds one.
 
-    Text is never cut or padded by it, and "[SEP]" in somebody's caption is words to it.
+    Text is never cut or padded by it, and "[SEP]" in somebody's caption is words to it. Raises:
+    ValueError where there is none.
     """
     path = Path(path)
     names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]

@@ -76,8 +76,9 @@ def test_plane_keeps_the_widest_directions():
 @pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_pictures_are_written_1200_pixels_wide(small_toy, a_run, tmp_path, name, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    args = [name, "--run", str(a_run), "--plot", str(tmp_path / "x.png")]
-    args += [] if name == "curves" else ["--data", str(small_toy)]
+    args = [name, "--plot", str(tmp_path / "x.png")]
+    args += [] if name == "masks" else ["--run", str(a_run)]
+    args += [] if name in ("masks", "curves") else ["--data", str(small_toy)]
     assert evaluation.main(args) == 0
     head = (tmp_path / "x.png").read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", head[16:20])[0] == 1200
@@ -101,6 +102,23 @@ def test_pictures_say_what_they_lack(small_toy, a_run, tmp_path, monkeypatch):
         evaluation.main([*heads, "--plot", str(tmp_path / "x.png")])
     with pytest.raises(ValueError, match="--plot .* cannot be written"):
         evaluation.main([*heads[:-1], "0", "--plot", str(tmp_path / "no" / "x.png")])
+
+
+def test_the_clips_of_the_sequence_show_each_way_of_hiding():
+    """By hand: rows 0..4 hide nothing, all video, all text, a token of each, all video but long."""
+    valid = torch.ones(5, 2, dtype=torch.bool), torch.ones(5, 4, dtype=torch.bool)
+    valid[1][:4, 3] = False  # 3 text tokens and 2 seconds, the last clip 4 and 2
+    video_hidden, text_hidden = torch.zeros(5, 2).bool(), torch.zeros(5, 4).bool()
+    video_hidden[[1, 4]] = True
+    text_hidden[2, :2] = True
+    video_hidden[3, 1] = text_hidden[3, 0] = True
+    text = torch.zeros(5, 4, dtype=torch.int64)
+    hidden = dict(video_hidden=video_hidden, text_hidden=text_hidden)
+    batch = Batch(torch.zeros(5, 2, 3), valid[0], text, valid[1], **hidden)
+    ways = ["25 %: all video", "25 %: all text", "50 %: single tokens"]
+    assert pictures.examples(batch, 5) == list(zip(ways, (1, 2, 3), strict=True))
+    with pytest.raises(ValueError, match="no clip of at most 4 tokens shows this: 25 %: all video"):
+        pictures.examples(batch, 4)
 
 
 def test_clips_of_a_picture_are_the_test_clips(small_toy, a_run):
