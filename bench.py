@@ -7,6 +7,7 @@
     python bench.py data           clip sampling and masking against a loop over clips
     python bench.py metrics        caption metrics against pycocoevalcap and its Java
     python bench.py s3d            the video encoder, laid out for a CPU against as it is written
+    python bench.py scale          many videos, shards and processes against one
     python bench.py all --json FILE
     python bench.py ablation       Tables 8 and 9 in miniature, hours: see ablation.py
 
@@ -16,28 +17,40 @@ word pieces at 2.4 a second of video. The plain readings are here, built from th
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
 from torch import Tensor
 
 import ablation
-from data import Corpus, hide, lay_out, open_captions, open_corpus, open_features, special_ids
+from data import (
+    Captions,
+    Corpus,
+    hide,
+    lay_out,
+    open_captions,
+    open_corpus,
+    open_features,
+    special_ids,
+)
 from data import uniforms as numbers_a_clip
 from loop import memory_mib, start_ranks
-from toy import OBJECTS, TOOLS, VERBS, write_toy
+from toy import OBJECTS, TOOLS, VERBS, write_toy, write_vocabulary
 from vlm import VLM, Batch, VLMConfig, attention_mask, load_tokenizer, run
 
 # ---------------------------------------------------------------------------------------------
@@ -262,7 +275,11 @@ def precision(args) -> list[dict]:
 
 @torch.no_grad()
 def search_again(model: VLM, video: Tensor, valid: Tensor, beams: int, steps: int, padded: bool):
-    """Beam search that reads the clip and all words again for every word; never stops early."""
+    """Beam search that reads the clip and all words again for every word; never stops early.
+
+    Args:    video (B, V, E), valid (B, V). padded: all positions, or real tokens alone.
+    Returns: (B, beams, 1 + steps + 1) int64: [CLS] and the words, best first.
+    """
     B, W, V = len(valid), model.config.vocab_size, model.config.max_video_len
     words = torch.full((B, 1, 1), model.config.cls_token_id, device=video.device)
     score = torch.zeros(B, 1, device=video.device)
@@ -381,7 +398,8 @@ def slow_clip(corpus: Corpus, video: str, rng: np.random.Generator) -> tuple:
             lo -= 1
         else:
             hi += 1
-    x = corpus.features.open(video)
+    file = corpus.features.files[corpus.features.place[video]] / f"{video}.npy"
+    x = np.load(file, mmap_mode="r", allow_pickle=False)
     start = min(int(cap.start[lo]), len(x) - 1)
     end = min(max(int(np.ceil(cap.end[hi - 1])), start + 1), len(x), start + c.max_video_len)
     rows = torch.stack([torch.from_numpy(np.array(x[t], dtype=np.float32)) for t in
@@ -405,22 +423,79 @@ def slow_clip(corpus: Corpus, video: str, rng: np.random.Generator) -> tuple:
 
 def data(args) -> list[dict]:
     """Sampling, masking and collation of a batch of 256, 32 clips of each of 8 videos."""
+    rows, repeat = [], max(5, args.repeat)
     with tempfile.TemporaryDirectory() as folder:
-        toy = Path(folder) / "toy"
+        toy, wide = Path(folder) / "toy", Path(folder) / "wide"
         write_toy(toy, scale=0.3)
-        tokenizer = load_tokenizer(toy)
-        c = VLMConfig(video_dim=64, **special_ids(tokenizer))
-        stores = open_features(toy), open_captions(toy, tokenizer)
-        corpus, _ = open_corpus(toy, *stores, "train", c)
-        turn, rng = iter(range(10**9)), np.random.default_rng(0)
+        write_corpus(wide, videos=32, shards=0, E=512)
+        for name, root in (("data", toy), ("data wide", wide)):
+            corpus, turn, rng = open_root(root), iter(range(10**9)), np.random.default_rng(0)
 
-        def slowly() -> list[Tensor]:
-            clips = [slow_clip(corpus, corpus.ids[i // 32], rng) for i in range(256)]
-            return [torch.stack(x) for x in list(zip(*clips, strict=True))[:2]]
+            def slowly(corpus=corpus, rng=rng) -> list[Tensor]:
+                clips = [slow_clip(corpus, corpus.ids[i // 32], rng) for i in range(256)]
+                return [torch.stack(x) for x in list(zip(*clips, strict=True))[:2]]
 
-        a, b = in_turn(slowly, lambda: corpus.step(next(turn), 256), max(5, args.repeat))
-    what = "sampling, masking and collating 256 clips against a loop over clips"
-    return [row("data", what, 256 / a, 256 / b, "clips/s", higher=True)]
+            def ours(corpus=corpus, turn=turn) -> Batch:
+                return corpus.step(next(turn), 256)
+
+            a, b = in_turn(slowly, ours, repeat)
+            what = f"256 clips sampled, masked, collated, features {corpus.c.video_dim} wide, "
+            what += "against a loop over clips"
+            rows.append(row(name, what, 256 / a, 256 / b, "clips/s", higher=True))
+        corpus = open_root(toy, clips_per_video=2)
+        train = toy_step(corpus)
+        turn = iter(range(10**9))
+        a, b = in_turn(train, lambda: corpus.step(next(turn), 32), repeat)
+    what = "share of the toy world's step that drawing its 32 clips takes; a is the limit"
+    return [*rows, row("data share", what, 0.05, b / a, "of 1")]
+
+
+def open_root(root: Path, **settings) -> Corpus:
+    """Open the training videos of a folder."""
+    tokenizer = load_tokenizer(root)
+    stores = open_features(root), open_captions(root, tokenizer)
+    c = VLMConfig(video_dim=stores[0].width, **special_ids(tokenizer))
+    return open_corpus(root, *stores, "train", c, **settings)[0]
+
+
+def toy_step(corpus: Corpus) -> Callable[[], None]:
+    """Make a step of the model that `torchrun train.py` trains, the smallest there is."""
+    shape = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4)
+    c = dataclasses.replace(corpus.c, intermediate_size=512, **shape)
+    model = VLM(c).train()
+    params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
+    optimizer = torch.optim.Adam(params, fused=True)
+    batches = [corpus.step(n, 32) for n in range(4)]
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        model.pretrain_loss(batches[next(turn) % 4]).value().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def write_corpus(root: Path, videos: int, shards: int, E: int) -> None:
+    """Write packed narration of HowTo100M's proportions (sec. 5.1.1): 390 s and 110 captions of
+    4..13 word pieces a video, all alike; features in so many shards, or .npy files for 0."""
+    rng, n, seconds = np.random.default_rng(0), 110, 390
+    (root / "features").mkdir(parents=True)
+    write_vocabulary(root, ["a b c d e f g h i j k"] * 9)
+    ids = [f"{i:011x}" for i in rng.permutation(videos)]  # as long as YouTube's
+    (root / "train.lst").write_text("".join(f"{video}\n" for video in ids))
+    pieces = rng.integers(4, 14, n)
+    start = np.tile(np.arange(n) * seconds / n, videos)
+    arrays = {"first_caption": np.arange(videos + 1) * n, "start": start}
+    arrays |= {"end": start + seconds / n, "tokens": np.full(pieces.sum() * videos, 35, np.uint16)}
+    arrays["first_token"] = np.concatenate([[0], np.cumsum(np.tile(pieces, videos))])
+    Captions(ids, arrays).save(root / "captions", load_tokenizer(root))
+    x, shards = rng.standard_normal((seconds, E)).astype(np.float16), min(shards, videos)
+    for k in range(shards):
+        part = ids[k * videos // shards : (k + 1) * videos // shards]
+        save_file(dict.fromkeys(part, x), root / "features" / f"shard-{k:05}.safetensors")
+    for video in [] if shards else ids:
+        np.save(root / "features" / f"{video}.npy", x)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -524,12 +599,115 @@ def s3d(args) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Scale
+
+
+def scale(args) -> Iterator[dict]:
+    """What a corpus of HowTo100M's kind costs as it grows, and what a second process brings."""
+    for part in (flat, start_up, two_processes):
+        with tempfile.TemporaryDirectory() as folder:
+            yield from part(Path(folder), args)
+
+
+def flat(root: Path, args) -> list[dict]:
+    """A clip's cost from 1 to a tenth of --videos videos, and from 1 to 100 shards; features are
+    narrow, so that finding a clip is what costs."""
+    many, corpora, rows = max(100, args.videos // 10), {}, []
+    for videos, shards in ((1, 0), (many, 0), (many, 1), (many, 100)):
+        write_corpus(part := root / f"{videos}-{shards}", videos, shards, E=8)
+        corpora[videos, shards] = open_root(part)
+
+    def draw(corpus: Corpus) -> Callable:
+        turn = iter(range(10**9))
+        return lambda: [corpus.step(next(turn), 256) for _ in range(8)]
+
+    for name, few, all_, what in (
+        ("videos", (1, 0), (many, 0), f"clips drawn from {many:,} videos against from one"),
+        ("shards", (many, 1), (many, 100), "clips drawn from 100 shards against from one"),
+    ):
+        a, b = in_turn(draw(corpora[few]), draw(corpora[all_]), max(5, args.repeat))
+        rows.append(row(name, what, 8 * 256 / a, 8 * 256 / b, "clips/s", higher=True))
+    return rows
+
+
+def start_up(root: Path, args) -> list[dict]:
+    """Seconds and memory of a fresh process up to its first batch, shards and .npy files."""
+    n, rows = args.videos, []
+    for name, shards in (("shards", 100), (".npy", 0)):
+        found = {}
+        for videos in (n // 100, n):
+            write_corpus(part := root / f"{name}-{videos}", videos, shards, E=2)
+            found[videos] = [first_batch(part) for _ in range(args.repeat)]
+        seconds, mib, held = (
+            {k: statistics.median(run[i] for run in v) for k, v in found.items()} for i in range(3)
+        )
+        what = f"seconds from python to the first batch, {n:,} videos in {name}; a is the limit"
+        rows.append(row(f"start {name}", what, 10.0, seconds[n], "s"))
+        what = f"peak memory of that process, {n:,} videos in {name}; a is the limit"
+        rows.append(row(f"start {name}", what, 500.0, mib[n], "MiB"))
+        captions = sum(x.stat().st_size for x in (part / "captions").glob("*.npy")) / n
+        state = (held[n] - held[n // 100]) * 2**20 / (n - n // 100)
+        what = f"a video in memory ({name}) against on disk, 390 s x 512 in fp16 and its captions"
+        rows.append(row("state", what, 390 * 512 * 2 + captions, state, "bytes"))
+    return rows
+
+
+def first_batch(root: Path) -> tuple[float, float, float]:
+    """Open a corpus in a fresh process: seconds in all, peak MiB, MiB held beside mapped files."""
+    begun = time.perf_counter()
+    code = f"import bench; bench.hold({str(root)!r})"
+    me = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], **me)
+    return time.perf_counter() - begun, *map(float, done.stdout.split())
+
+
+def hold(root: str) -> None:
+    """Draw a batch, then print peak memory, and memory now without mapped files, in MiB."""
+    corpus = open_root(Path(root))
+    corpus.step(0, 256)
+    now = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    print(memory_mib(torch.device("cpu")), int(now) / 2**10)
+
+
+def two_processes(root: Path, args) -> list[dict]:
+    """Pre-training by two processes against one, a thread and a core each."""
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) < 2:
+        print("ranks: left out; one core", file=sys.stderr)
+        return []
+    rates = {1: [], 2: []}
+    write_toy(root / "toy", scale=0.1)
+    os.sched_setaffinity(0, mine[:2])  # for the children: a rank takes the cores it may use
+    try:
+        for n in range(args.repeat):
+            for ranks, seen in rates.items():
+                seen.append(train_rate(root, ranks, f"{ranks}-{n}"))
+    finally:
+        os.sched_setaffinity(0, mine)
+    a, b = (statistics.median(x) for x in rates.values())
+    what = "pre-training by two processes against one, a thread each, 4 layers 256 wide, 64 clips"
+    return [row("ranks", what, a, b, "clips/s", higher=True)]
+
+
+def train_rate(folder: Path, ranks: int, name: str) -> float:
+    """Run train.py for twelve steps: clips a second of the last eight."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    me = [*(torchrun if ranks > 1 else []), str(Path(__file__).with_name("train.py"))]
+    flags = f"--data toy --width 256 --layers 4 --batch 64 --steps 12 --log-every 4 --out {name}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = [sys.executable, *me, *flags.split()]
+    subprocess.run(done, cwd=folder, env=env, check=True, capture_output=True)
+    log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    return statistics.mean(x["clips_per_s"] for x in log if x.get("step", 0) > 4)
+
+
+# ---------------------------------------------------------------------------------------------
 # python bench.py
 
 
 BENCHES = dict(
     step=step, precision=precision, caption=caption, encode=encode, data=data, metrics=metrics,
-    s3d=s3d,
+    s3d=s3d, scale=scale,
 )  # fmt: skip
 
 
@@ -544,15 +722,20 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("name", choices=[*BENCHES, "all", "peak"], metavar="NAME",
                         help=f"{', '.join(BENCHES)} or all")  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="runs of each (5)")
-    parser.add_argument("--batch", type=int, metavar="N", help="clips of a step (CPU 16, GPU 256)")
-    parser.add_argument("--clips", type=int, default=4, metavar="N", help="clips to caption (4)")
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="of the BERT (12)")
-    parser.add_argument("--compile", action="store_true", help="step: compile our layers")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file too")
-    parser.add_argument("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
+    a = parser.add_argument_group("measuring").add_argument
+    a("--repeat", type=int, default=5, metavar="N", help="runs of each (default: 5)")
+    a("--json", metavar="FILE", help="write the rows to this file too")
+    a = parser.add_argument_group("sizes").add_argument
+    a("--batch", type=int, metavar="N",
+      help="step: clips (default: CPU 16, GPU the paper's 256)")  # fmt: skip
+    a("--clips", type=int, default=4, metavar="N", help="caption: clips (default: 4)")
+    a("--layers", type=int, default=12, metavar="N", help="layers of the BERT (default: 12)")
+    a("--videos", type=int, default=100_000, metavar="N",
+      help="scale: videos of its synthetic corpus (default: 100000)")  # fmt: skip
+    a("--compile", action="store_true", help="step: compile our layers")
+    a("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag in ("repeat", "layers", "clips"):
+    for flag in ("repeat", "layers", "clips", "videos"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least 1")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)

@@ -217,30 +217,34 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
     if not 0 <= mmm <= 1 or not 0 <= p <= 1:
         raise ValueError(f"mmm is {mmm} and p is {p}, both wanted in 0..1")
     V, T = batch.video.shape[1], batch.text.shape[1]
+    # In numpy: at these sizes torch takes twice as long, most of it to begin each operation.
+    video_valid, text_valid, text = (
+        x.numpy() for x in (batch.video_valid, batch.text_valid, batch.text)
+    )
     sizes = [1, c.max_video_len] + 3 * [c.max_text_len]
-    scheme, u_video, u_text, how, which = u.split(sizes, 1)
+    scheme, u_video, u_text, how, which = np.split(u.numpy(), np.cumsum(sizes)[:-1], 1)
     all_video, all_text = scheme < mmm / 2, (scheme >= mmm / 2) & (scheme < mmm)  # (B, 1)
     some = scheme >= mmm
-    video_hidden = batch.video_valid & (all_video | (some & (u_video[:, :V] < p)))
-    pieces = batch.text_valid & (batch.text != c.sep_token_id)
+    video_hidden = video_valid & (all_video | (some & (u_video[:, :V] < p)))
+    pieces = text_valid & (text != c.sep_token_id)
     text_hidden = pieces & (all_text | (some & (u_text[:, :T] < p)))
     special = sorted(
         (c.pad_token_id, c.unk_token_id, c.cls_token_id, c.sep_token_id, c.mask_token_id)
     )
-    word = (which[:, :T] * (c.vocab_size - len(special))).long()
+    word = (which[:, :T] * (c.vocab_size - len(special))).astype(np.int64)
     for token in special:  # a random word is never special: count past those below it
         word += word >= token
     how = how[:, :T]
-    read = torch.where(how < 0.9, word, batch.text)
-    read = torch.where((how < 0.8) | all_text, c.mask_token_id, read)
-    text = torch.where(text_hidden, read, batch.text)
+    read = np.where(how < 0.9, word, text)
+    read = np.where((how < 0.8) | all_text, c.mask_token_id, read)
+    read = np.where(text_hidden, read, text)
     return Batch(
         batch.video,
         batch.video_valid,
-        text,
+        torch.from_numpy(read),
         batch.text_valid,
-        video_hidden,
-        text_hidden,
+        torch.from_numpy(video_hidden),
+        torch.from_numpy(text_hidden),
         batch.text,
     )
 
@@ -259,15 +263,25 @@ def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
     return shift + np.arange(length.sum())
 
 
-def ragged(flat: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Lay rows of flat (N, ...) out as (B, width, ...), zeros behind: also valid (B, width).
+def ragged(
+    flat: np.ndarray | list[np.ndarray], length: np.ndarray, width: int, fill: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Lay flat rows (N, ...), or arrays that follow one another, out as (B, width, ...).
 
-    length (B,): how many rows each gets; they add up to N.
+    Args:    length (B,): how many rows each gets; they add up to N. fill: what stands behind.
+    Returns: the rows laid out, and valid (B, width) bool.
     """
-    valid = torch.arange(width) < length[:, None]
-    out = flat.new_zeros(*valid.shape, *flat.shape[1:])
-    out[valid] = flat
-    return out, valid
+    valid = np.arange(width) < length[:, None]
+    parts = flat if isinstance(flat, list) else [flat]
+    # What bounds this is memory: every row is written once, parts not joined, padding apart.
+    out = np.empty((valid.size, *parts[0].shape[1:]), parts[0].dtype)
+    out[np.flatnonzero(~valid)] = fill
+    place = np.flatnonzero(valid)
+    for part in parts:
+        out[place[: len(part)]] = part
+        place = place[len(part) :]
+    assert not len(place), f"{len(place)} rows fewer than the lengths say"
+    return torch.from_numpy(out.reshape(*valid.shape, *out.shape[1:])), torch.from_numpy(valid)
 
 
 def lay_out(
@@ -279,17 +293,13 @@ def lay_out(
 
 def lay_out_video(video: np.ndarray, seconds: np.ndarray) -> tuple[Tensor, Tensor]:
     """Pad flat rows (sum of seconds, E) of B clips: video (B, V, E), video_valid (B, V)."""
-    n_video = torch.from_numpy(seconds).long()
-    return ragged(torch.from_numpy(video), n_video, max(1, int(n_video.max())))
+    return ragged(video, seconds, max(1, int(seconds.max())))
 
 
 def lay_out_text(text: np.ndarray, pieces: np.ndarray, c: VLMConfig) -> tuple[Tensor, Tensor]:
     """Add [SEP] to flat word pieces (sum of pieces,) and pad: text (B, T), text_valid (B, T)."""
-    n_text = torch.from_numpy(pieces).long()
-    text, real = ragged(torch.from_numpy(text.astype(np.int64)), n_text, int(n_text.max()) + 1)
-    text = text.masked_fill(~real, c.pad_token_id)
-    text[torch.arange(len(n_text)), n_text] = c.sep_token_id
-    return text, torch.arange(text.shape[1]) <= n_text[:, None]
+    flat = np.insert(text.astype(np.int64), np.cumsum(pieces), c.sep_token_id)
+    return ragged(flat, pieces + 1, int(pieces.max()) + 1, c.pad_token_id)
 
 
 def encode(texts: list[str], tokenizer: Tokenizer, c: VLMConfig) -> tuple[Tensor, Tensor]:
@@ -350,15 +360,16 @@ class Corpus:
         for epoch, video, clips in groups:
             g = generator(self.seed, epoch, zlib.crc32(self.ids[video].encode()))
             rows = torch.rand(max(clips) + 1, 2 + growth + uniforms(c), generator=g)
-            u.append(rows[clips])
-        u = torch.cat(u)
+            u.append(rows.numpy()[clips])
+        u = np.concatenate(u)
 
         # sizes of each clip's video, (B,) each
         ids = [self.ids[video] for _, video, _ in groups]
         times = [len(clips) for _, _, clips in groups]
-        seconds = np.repeat([len(self.features.open(video)) for video in ids], times)
+        opened = [self.features.open(video) for video in ids]
+        seconds = np.repeat([len(x) for x in opened], times)
         v = np.repeat([cap.index[video] for video in ids], times)
-        lo, hi = self.grow(v, seconds, u[:, : 2 + growth].numpy())
+        lo, hi = self.grow(v, seconds, u[:, : 2 + growth])
 
         # the clip's seconds of video, its first 32, and its first 61 word pieces
         start = np.minimum(np.floor(cap.start[lo]).astype(np.int64), seconds)
@@ -369,10 +380,10 @@ class Corpus:
         rows, at = [], np.cumsum([0, *times])
         for i, video in enumerate(ids):
             mine = slice(at[i], at[i + 1])
-            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine])))
+            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine]), opened[i]))
         text = cap.tokens[ranges(first, n_text)]
-        batch = lay_out(np.concatenate(rows), n_video, text, n_text, c)
-        return hide(batch, u[:, 2 + growth :], c, self.mmm)
+        batch = lay_out(rows, n_video, text, n_text, c)
+        return hide(batch, torch.from_numpy(u[:, 2 + growth :]), c, self.mmm)
 
     def grow(
         self, v: np.ndarray, seconds: np.ndarray, u: np.ndarray
@@ -460,7 +471,7 @@ def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VL
         rows.append(features.rows(clip.video, np.arange(start, end)))
         n_video.append(end - start)
     text, text_valid = encode([clip.text for clip in clips], tokenizer, c)
-    return Batch(*lay_out_video(np.concatenate(rows), np.array(n_video)), text, text_valid)
+    return Batch(*lay_out_video(rows, np.array(n_video)), text, text_valid)
 
 
 @dataclass

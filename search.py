@@ -127,7 +127,7 @@ def embed_windows(
         part = cut[i : i + size]
         rows = [features.rows(video, np.arange(a, b)) for video, a, b in part]
         lengths = np.array([len(x) for x in rows])
-        video, valid = (x.to(device) for x in lay_out_video(np.concatenate(rows), lengths))
+        video, valid = (x.to(device) for x in lay_out_video(rows, lengths))
         out.append(model.embed_video(video, valid).float().cpu())
         if time.monotonic() - shown > 5:
             shown = time.monotonic()

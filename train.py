@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,6 +204,10 @@ def begin(cfg: LoopConfig, ranks: Ranks) -> None:
     if ranks.rank == 0 and is_toy(cfg.data) and not Path(cfg.data).exists():
         write_toy(cfg.data)
         ranks.say(f"toy world written to {cfg.data}/")
+    ranks.wait()
+    # A node that does not see rank 0's files writes its own toy world, which is the same one.
+    if os.environ.get("LOCAL_RANK") == "0" and is_toy(cfg.data) and not Path(cfg.data).exists():
+        write_toy(cfg.data)
     ranks.wait()
 
 

@@ -263,6 +263,21 @@ def test_given_clips_are_their_first_32_seconds_and_61_pieces(corpus, toy):
     assert (batch.text[~batch.text_valid] == c.pad_token_id).all()
 
 
+def test_rows_are_laid_out_in_order_and_padded(corpus):
+    """Counts 2, 0, 3 by hand, in one array or in parts that end inside a row; a pad id of 9."""
+    flat = np.arange(1, 6)
+    for rows in (flat, [flat[:1], flat[1:4], flat[4:]]):
+        out, valid = data.ragged(rows, np.array([2, 0, 3]), 4, 7)
+        assert out.tolist() == [[1, 2, 7, 7], [7, 7, 7, 7], [3, 4, 5, 7]]
+        assert torch.equal(valid, out < 7)
+    with pytest.raises(AssertionError, match="1 rows fewer"):
+        data.ragged(flat[:4], np.array([2, 0, 3]), 4)
+    c = dataclasses.replace(corpus.c, pad_token_id=9, sep_token_id=8)
+    text, valid = data.lay_out_text(flat, np.array([2, 0, 3]), c)
+    assert text.tolist() == [[1, 2, 8, 9], [8, 9, 9, 9], [3, 4, 5, 8]]
+    assert torch.equal(valid, text < 9)
+
+
 # ---- masking
 
 

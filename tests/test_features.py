@@ -8,7 +8,7 @@ import pytest
 
 import data
 from benchmarks import DataError
-from features import FeatureStore, open_features, read_pickle
+from features import FeatureStore, map_array, open_features, read_pickle
 
 
 @pytest.fixture
@@ -95,3 +95,41 @@ def test_pickled_features_are_packed_into_shards(arrays, small_toy, tmp_path, ca
     assert "features: 2 videos in 1 shards" in capsys.readouterr().out
     store = open_features(tmp_path / "packed")
     assert len(store) == 2 and np.array_equal(store.rows("a", np.arange(5)), arrays["a"])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_array_that_numpy_writes_is_mapped_as_numpy_maps_it(tmp_path, dtype, order, version):
+    """Catches a header read wrongly: order, width of the numbers, where they begin."""
+    x = np.asarray(np.random.default_rng(0).normal(size=(9, 5)), dtype, order=order)
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array(file, x, version)
+    mapped = map_array(tmp_path / "x.npy")
+    assert mapped.dtype == dtype and np.array_equal(mapped, np.load(tmp_path / "x.npy"))
+    rows = FeatureStore(tmp_path).rows("x", np.array([7, 0, 7]))
+    assert rows.dtype == np.float32 and np.array_equal(rows, x[[7, 0, 7]].astype(np.float32))
+
+
+def test_a_cut_npy_file_is_a_clear_error(tmp_path):
+    """Every place to cut it at, in the header and behind it."""
+    np.save(tmp_path / "x.npy", np.ones((3, 4), np.float16))
+    whole = (tmp_path / "x.npy").read_bytes()
+    for n in range(len(whole)):
+        (tmp_path / "x.npy").write_bytes(whole[:n])
+        with pytest.raises(DataError, match="x.npy: not a whole .npy array"):
+            FeatureStore(tmp_path)
+
+
+def test_reading_never_changes_the_file_and_only_seconds_asked_for_must_be_finite(tmp_path):
+    """A float32 array needs no widening: what is handed out must still be a copy."""
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    x[1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    store = FeatureStore(tmp_path)
+    rows = store.rows("x", np.array([0, 2, 3]))
+    rows += 1
+    assert np.array_equal(store.rows("x", np.array([0, 2, 3])), x[[0, 2, 3]])
+    assert np.array_equal(np.load(tmp_path / "x.npy"), x, equal_nan=True)
+    with pytest.raises(DataError, match="x: features hold NaN or infinity at second 1"):
+        store.rows("x", np.array([3, 1]))
