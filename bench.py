@@ -735,9 +735,9 @@ def main(argv: list[str] | None = None) -> int:
     a("--compile", action="store_true", help="step: compile our layers")
     a("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag in ("repeat", "layers", "clips", "videos"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least 1")
+    for flag, least in (("repeat", 1), ("layers", 1), ("clips", 1), ("videos", 100)):
+        if getattr(args, flag) < least:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training
     if args.name == "peak":

@@ -85,6 +85,11 @@ def test_a_fresh_process_reports_its_memory(tmp_path):
     assert seconds > 0 and 50 < held <= peak < 2000
 
 
+def test_too_few_videos_to_measure_growth_are_an_error():
+    with pytest.raises(ValueError, match="--videos is 99, wanted at least 100"):
+        bench.main(["scale", "--videos", "99"])
+
+
 @pytest.mark.slow
 def test_scale_is_measured(monkeypatch, tmp_path, capsys):
     """All rows of `python bench.py scale` in a short form, its child processes included."""
