@@ -273,7 +273,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
 
 
 def half_costs(dtype: torch.dtype) -> float:
-    """Measure a matrix product's time in dtype over its time in fp32, on the CPU, in 50 ms."""
+    """Measure a matrix product's seconds in dtype over its seconds in fp32, on the CPU."""
 
     def seconds(x: Tensor) -> float:
         times = []
