@@ -1,7 +1,7 @@
 """The benchmarks' own files, read as they were released (sec. 5.1), and the errors of bad files.
 
     msrvtt/     MSRVTT_train.csv, MSRVTT_data.json, MSRVTT_JSFUSION_test.csv, MSRVTT_QA_test.csv
-    youcook2/   youcookii_annotations_trainval.json, train_list.txt, val_list.txt
+    youcook2/   youcookii_annotations_trainval.json, train_list.txt, val_list.txt, or UniVL's files
     coin/       COIN.json
     crosstask/  tasks_primary.txt, tasks_related.txt, videos.csv, videos_val.csv, annotations/*.csv
 
@@ -106,12 +106,7 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
         names = {row["vid_key"]: row["video_id"] for row in rows}
         out["test"] = [Clip(row["video_id"], row["sentence"]) for row in rows]
     if (path := folder / "MSRVTT_data.json").exists():
-        lists = sorted(folder.glob("MSRVTT_train*.csv"))
-        if not lists:
-            raise DataError(
-                f"{folder}: MSRVTT_data.json without MSRVTT_train.csv, which names the split"
-            )
-        train = {row["video_id"] for row in read_table(lists[0], ["video_id"], bad)}
+        train = {row["video_id"] for row in read_table(training_list(folder), ["video_id"], bad)}
         sentences = read_json(path, dict).get("sentences")
         if not isinstance(sentences, list):
             raise DataError(f"{path}: sentences is {type(sentences).__name__}, wanted a list")
@@ -134,6 +129,26 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
             video = names.get(row["vid_key"], row["vid_key"].replace("msr", "video"))
             out["qa"].append((video, [row[f"a{k}"] for k in range(1, 6)], int(row["answer"])))
     return out
+
+
+def training_list(folder: Path) -> Path:
+    """Find which videos MSR-VTT is trained on: MSRVTT_train.csv, else the only MSRVTT_train*.csv.
+
+    Raises: DataError where there is none, or several and nothing says which.
+    """
+    lists = sorted(folder.glob("MSRVTT_train*.csv"))
+    if folder / "MSRVTT_train.csv" in lists or len(lists) == 1:
+        return folder / "MSRVTT_train.csv" if len(lists) > 1 else lists[0]
+    what = f"{folder}: MSRVTT_data.json without MSRVTT_train.csv, which names the split"
+    if lists:
+        raise DataError(
+            f"{what}; there are {' and '.join(x.name for x in lists)}: copy the one to train on "
+            "to MSRVTT_train.csv"
+        )
+    raise DataError(
+        f"{what}: copy the benchmark's there (MSRVTT_train.9k.csv is one), or write it: a line "
+        "video_id, then a line for each video to train on"
+    )
 
 
 def is_number(x: object) -> bool:
@@ -170,8 +185,15 @@ def read_database(path: Path) -> dict[str, dict]:
 
 
 def read_youcook2(folder: Path, bad: Callable = stop) -> dict[str, list[Clip]]:
-    """Read YouCook2 (sec. 5.1.2): {"training" | "validation": clips}, one sentence a segment."""
+    """Read YouCook2 (sec. 5.1.2): {"training" | "validation": clips}, one sentence a segment.
+
+    Its own files or, where these are not, the ones that UniVL's authors made of them.
+    """
     path = folder / "youcookii_annotations_trainval.json"
+    if not path.exists() and any(folder.glob("youcookii_data*.pickle")):
+        import univl  # on top of this file
+
+        return univl.read_youcook2(folder, bad)
     database = read_database(path)
     out = {}
     for split, name in (("training", "train_list.txt"), ("validation", "val_list.txt")):

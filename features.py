@@ -185,18 +185,23 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.KNOWN[module, name]
 
 
+def unpickle(path: Path, reader: type[pickle.Unpickler] = ArrayUnpickler) -> object:
+    """Read a pickle of what `reader` admits; DataError where it is cut or wants something run."""
+    try:
+        with open(path, "rb") as file:
+            return reader(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: refused: {error}") from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
+
+
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
     """Read {video_id: array (seconds, E)}, nothing in it being run; all of it is held in memory.
 
     Raises: DataError for a file that is cut, holds anything else or wants something run.
     """
-    try:
-        with open(path, "rb") as file:
-            found = ArrayUnpickler(file).load()
-    except DataError as error:
-        raise DataError(f"{path}: refused: {error}") from None
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
+    found = unpickle(path)
     good = isinstance(found, dict) and found and all(isinstance(k, str) for k in found)
     if not good or not all(isinstance(x, np.ndarray) for x in found.values()):
         raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")

@@ -643,17 +643,17 @@ def draw_mask(kind: str, V: int, T: int) -> str:
     return "\n".join([f"{kind:>12}", *lines])
 
 
-def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
+def convert(checkpoint: Path, out: Path, bert: str | None, heads: int | None) -> None:
     """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor.
 
     Raises: ValueError when `out` is not empty or vocabulary and checkpoint are not a pair.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty: choose another")
-    tokenizer = load_tokenizer(bert)
+    tokenizer = load_tokenizer(bert) if bert else None
     model = VLM(VLMConfig(**mmpt_config(checkpoint, heads)))
     c = model.config
-    if tokenizer.get_vocab_size() != c.vocab_size:
+    if tokenizer and tokenizer.get_vocab_size() != c.vocab_size:
         raise ValueError(
             f"{bert} has {tokenizer.get_vocab_size()} word pieces, the checkpoint {c.vocab_size}: "
             "they are not a pair"
@@ -661,6 +661,8 @@ def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
     load_mmpt(model, checkpoint)
     save_run(out, model, tokenizer)
     print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
+    if not tokenizer:
+        print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -681,8 +683,9 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     a.add_argument("checkpoint", type=Path, help="checkpoint_best.pt, as released")
     a.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new run directory")
-    a.add_argument("--bert", required=True, metavar="DIR", help="folder or file of the vocabulary, "
-                   "vocab.txt or tokenizer.json: bert-base-uncased's")  # fmt: skip
+    how = "folder or file of its vocabulary, vocab.txt or tokenizer.json: bert-base-uncased's "
+    how += "(default: none, and one is to be copied into RUN)"
+    a.add_argument("--bert", metavar="DIR", help=how)
     a.add_argument("--heads", type=int, metavar="N", help="attention heads (default: width / 64)")
     args = parser.parse_args(argv)
     if args.command == "convert":

@@ -285,10 +285,11 @@ def mmpt_config(path: str | Path, heads: int | None = None) -> dict:
 # Run directories
 
 
-def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Write a run directory that Hugging Face's BERT classes read too.
 
-    Leaves model.safetensors, config.json and tokenizer.json, each moved into place when whole.
+    Leaves model.safetensors, config.json and, unless it is None, tokenizer.json, each moved into
+    place when whole.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -299,7 +300,8 @@ def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer) -> None:
         path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"})
     )
     write_aside(path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1) + "\n"))
-    write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
+    if tokenizer is not None:
+        write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
