@@ -264,6 +264,25 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     assert all(torch.equal(left[0][k], left[1][k]) for k in left[0])
 
 
+# ---- the video MLP's own rate
+
+
+def test_the_video_mlp_alone_takes_mlp_lr_and_keeps_it_after_resuming(
+    small_toy, pre_trained, tmp_path
+):
+    """Adam's first step moves a weight by its rate: 1e-2 in the MLP, 1e-6 elsewhere."""
+    settings = dict(epochs=1, batch=60, lr=1e-6, mlp_lr=1e-2, warmup=0, held_out=0.0)
+    run = config(small_toy, pre_trained, tmp_path / "a", "qa", **settings)
+    main(run)
+    before, after = (load_run(p)[0].state_dict() for p in (pre_trained, tmp_path / "a"))
+    moved = {k: float((after[k] - before[k]).abs().max()) for k in after}
+    assert {k for k, x in moved.items() if x > 1e-4} == {k for k in moved if "videomlp" in k}
+    rows = {"out": str(tmp_path / "a"), "resume": True, "steps": 3, "mlp_lr": 5e-3}
+    main(TuneConfig(task="qa", **rows), set(rows))
+    groups = torch.load(tmp_path / "a" / "trainer.pt", weights_only=True)["optimizer"]
+    assert [g["lr"] for g in groups["param_groups"]] == pytest.approx([1e-6 / 3, 5e-3 / 3])
+
+
 # ---- where it starts
 
 
@@ -298,6 +317,7 @@ BAD = {
     "qa --init {run} --data {toy} --held-out 1": r"error: --held-out is 1.0, wanted 0 or more",
     "segmentation --init {run} --data {toy} --stride 40": r"error: --stride is 40, wanted at most",
     "segmentation --init {run} --data {toy} --stride 0": r"error: --stride is 0, wanted more than",
+    "qa --init {run} --data {toy} --mlp-lr 0": r"error: --mlp-lr is 0.0, wanted more than 0",
     "qa --init {run} --data nowhere": r"error: nowhere: no features/ folder",
     "qa --init nowhere --data {toy}": r"error: nowhere: no run here",
     "captioning --data {toy} --resume --out {run}": "error: .* is a pre-training run",
