@@ -153,6 +153,26 @@ def test_an_epoch_draws_every_group_once_whoever_computes(n, batch, parts):
     assert {i for _, i in other} <= {0, 1, 2}
 
 
+def test_joined_captions_are_a_clips_own_in_the_files_order(small_toy):
+    """No other clip's sentence, none twice, never more than there are; held-out texts alike."""
+    features = open_features(small_toy)
+    plain, task = (open_task("retrieval", small_toy, features, "msrvtt", held_out=0.2, join=n)
+                   for n in (1, 2))  # fmt: skip
+    own = {g[0].clip.video: [item.clip.text for item in g] for g in task.train}
+    assert max(map(len, own.values())) > 2
+    for join in (2, 99):
+        (drawn,) = draw_items(task.train, 0, len(task.train), 1, 0, join)
+        for item in drawn:
+            said = own[item.clip.video]
+            pairs = [f"{a} {b}" for a, b in zip(said, said[1:] + said[:1], strict=True)]
+            pairs[-1] = " ".join([said[0], said[-1]]) if len(said) > 1 else said[0]
+            assert item.clip.text in (pairs if join == 2 else [" ".join(said)])
+    assert len({item.clip.text for item in drawn}) == len(own)
+    for one, both in zip(plain.val, task.val, strict=True):
+        assert one.clip.text == one.texts[0] and both.clip.text == " ".join(both.texts[:2])
+    assert [x.clip for x in plain.test] == [x.clip for x in task.test]
+
+
 @pytest.mark.parametrize("task", list(DATASETS))
 def test_every_task_runs_from_end_to_end(small_toy, pre_trained, tmp_path, capsys, task):
     """A run directory that opens, a best epoch that is the log's best, the table of eval.py."""
@@ -318,6 +338,7 @@ BAD = {
     "segmentation --init {run} --data {toy} --stride 40": r"error: --stride is 40, wanted at most",
     "segmentation --init {run} --data {toy} --stride 0": r"error: --stride is 0, wanted more than",
     "qa --init {run} --data {toy} --mlp-lr 0": r"error: --mlp-lr is 0.0, wanted more than 0",
+    "qa --init {run} --data {toy} --join-captions 0": r"error: --join-captions is 0, wanted more",
     "qa --init {run} --data nowhere": r"error: nowhere: no features/ folder",
     "qa --init nowhere --data {toy}": r"error: nowhere: no run here",
     "captioning --data {toy} --resume --out {run}": "error: .* is a pre-training run",
