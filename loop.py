@@ -67,6 +67,9 @@ class LoopConfig:
     lr: float | None = opt(
         None, "peak rate (default: the paper's 5e-5, narrower models more, 1e-3 at width 128)"
     )
+    mlp_lr: float | None = opt(
+        None, "peak rate of the video MLP, which starts new beside --bert (default: that of --lr)"
+    )
     warmup: int | None = opt(
         None, "warm-up steps (default: a tenth of all, at most the paper's 1000, tuning 122)"
     )
@@ -85,7 +88,7 @@ class LoopConfig:
 
     def __post_init__(self):
         positive = ("steps", "epochs", "batch", "accumulate", "save_every", "log_every",
-                    "decay_steps", "lr", "clip")  # fmt: skip
+                    "decay_steps", "lr", "mlp_lr", "clip")  # fmt: skip
         for name in (*positive, *self.POSITIVE):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -243,17 +246,20 @@ def close() -> None:
 # The loop, and what it needs
 
 
-def learning_rate(step: int, cfg: LoopConfig) -> float:
+def learning_rate(step: int, cfg: LoopConfig, peak: float | None = None) -> float:
     """Return a step's rate: linear warm-up, then polynomial decay of degree 1 to 0 (sec. 5.2).
+
+    Args: peak: the rate to warm up to (default: cfg.lr).
 
     >>> cfg = LoopConfig(steps=100, lr=1.0, warmup=10)
     >>> [learning_rate(step, cfg) for step in (0, 9, 55, 100)]
     [0.1, 1.0, 0.5, 0.0]
     """
+    peak = cfg.lr if peak is None else peak
     if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
+        return peak * (step + 1) / cfg.warmup
     end = cfg.decay_steps or cfg.steps
-    return cfg.lr * max(0.0, (end - step) / max(1, end - cfg.warmup))
+    return peak * max(0.0, (end - step) / max(1, end - cfg.warmup))
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -393,8 +399,11 @@ def fit(
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16
-    optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    mlp = [p for p in model.videomlp.parameters() if p.requires_grad]
+    others = [p for p in params if all(p is not q for q in mlp)]
+    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
+    groups, peaks = [{"params": others}, {"params": mlp}], (cfg.lr, cfg.mlp_lr)
+    optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
     start, before = 0, 0.0
     if (out / "trainer.pt").exists():
@@ -420,8 +429,8 @@ def fit(
         loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
         for step in range(start, cfg.steps):
             # ---- set lr; dropout depends on (seed, step, rank) alone
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(step, cfg, peak)
             torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 
             # ---- the step's batches and, over all ranks and micro-batches, how much they predict
