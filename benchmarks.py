@@ -108,7 +108,7 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def read_json(path: str | Path, kind: type) -> object:
+def read_json(path: str | Path, kind: type | tuple[type, ...]) -> object:
     """Read JSON whose top level is a `kind`; DataError if it is not, or if a key stands twice."""
 
     def once(pairs: list[tuple[str, object]]) -> dict:
@@ -322,16 +322,15 @@ def read_crosstask(folder: Path, bad: Callable = stop) -> dict:
         if not path.exists() and name == "tasks_related.txt":
             continue
         for block in filter(None, read_text(path).replace("\r\n", "\n").strip().split("\n\n")):
-            task, *lines = block.strip().split("\n")
-            steps, task = [s.strip() for s in lines[-1].split(",")] if lines else [], task.strip()
+            where, (task, *lines) = f"{path}: task", map(str.strip, block.strip().split("\n"))
+            steps = [step.strip() for step in lines[-1].split(",")] if lines else []
             if len(lines) != 4 or not all(map(is_words, steps)):
-                bad(f"{path}: task {shown(task)}: wanted id, title, url, number of steps, steps")
-            elif lines[2].strip() != str(len(steps)):
-                bad(
-                    f"{path}: task {shown(task)}: number of steps is {shown(lines[2])}, not {len(steps)}"
-                )
+                bad(f"{where} {shown(task)}: wanted id, title, url, number of steps, steps")
+            elif lines[2] != str(len(steps)):
+                seen = shown(lines[2])
+                bad(f"{where} {task}: number of steps is {seen}, {len(steps)} are listed")
             elif not is_id(task) or task in out["tasks"]:
-                bad(f"{path}: task {shown(task)} is listed twice, or is no id: {ID_WANTED}")
+                bad(f"{where} {shown(task)} is listed twice, or an id {ID_WANTED}")
             else:
                 out["tasks"][task] = steps
                 out["primary"] += [task] * (name == "tasks_primary.txt")
@@ -350,9 +349,8 @@ def _videos(path: Path, tasks: dict, bad: Callable) -> list[tuple[str, str]]:
     pairs: dict[tuple[str, str], int] = {}
     for line, row in read_rows(path):
         if len(row) < 2 or row[0] not in tasks:
-            bad(
-                f"{path}, line {line}: {shown(row)}, wanted task,video,url with a task of tasks_*.txt"
-            )
+            wanted = "wanted task,video,url with a task of tasks_*.txt"
+            bad(f"{path}, line {line}: {shown(row)}, {wanted}")
         elif not is_id(row[1]):
             bad(f"{path}, line {line}: video id {shown(row[1])}, {ID_WANTED}")
         elif (row[0], row[1]) in pairs:
