@@ -118,16 +118,17 @@ def read_json(path: str | Path, kind: type | tuple[type, ...]) -> object:
             raise DataError(f"{path}: key {shown(twice)} is given twice, wanted once")
         return found
 
-    text = read_text(path)
+    if not (text := read_text(path)).strip():
+        raise DataError(f"{path}: is empty, wanted JSON")
     try:
         data = json.loads(text, object_pairs_hook=once)
     except DataError:
         raise
     except (ValueError, RecursionError) as error:  # no JSON; a number of 5,000 digits; too deep
-        raise DataError(f"{path}: not JSON ({error if text.strip() else 'empty'})") from None
+        raise DataError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, kind):
         wanted = {dict: "an object", list: "a list"}.get(kind, "an object or a list")
-        raise DataError(f"{path}: holds {shown(data)}, wanted {wanted}")
+        raise DataError(f"{path}: holds a {type(data).__name__}, wanted {wanted}")
     return data
 
 

@@ -522,6 +522,8 @@ def check_captions(references: dict[str, list[str]], hypotheses: dict[str, str])
         if missing := [key for key in ours if key not in others]:
             raise DataError(f"item {missing[0]!r} is not in the {side} ({len(missing)} are not)")
     for key, refs in references.items():
+        if HALF.search(key):
+            raise DataError(f"item {key!r}: the name holds half a character, wanted text")
         if not isinstance(refs, list | tuple) or not refs:
             raise DataError(f"item {key!r}: references are {shown(refs)}, wanted a list of texts")
         for text in (*refs, hypotheses[key]):

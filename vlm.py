@@ -617,10 +617,8 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     path = Path(path)
     if not (path / "config.json").exists():
         raise DataError(f"{path}: no run here (config.json is missing): train one with train.py")
-    config, tensors = (
-        VLMConfig.from_json(path / "config.json"),
-        read_tensors(path / "model.safetensors"),
-    )
+    config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
+    tensors = read_tensors(weights)
     with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold
         ours = VLM(config).state_dict()
     odd = [k for k in sorted({*tensors, *ours}) if k not in tensors or k not in ours]
@@ -628,7 +626,7 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     if odd:
         raise DataError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
     if odd := [k for k, x in tensors.items() if not x.isfinite().all()]:
-        raise DataError(f"{path}: {odd[0]} holds NaN or infinity")
+        raise DataError(f"{weights}: {odd[0]} holds NaN or infinity")
     tokenizer, model = load_tokenizer(path), VLM(config)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise DataError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} word pieces, "

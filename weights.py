@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
-from benchmarks import DataError, read_text, shown
+from benchmarks import DataError, read_text
 
 # ---------------------------------------------------------------------------------------------
 # Files of tensors
@@ -78,7 +78,7 @@ def plain_tensors(path: Path, found: object) -> dict[str, Tensor]:
     size = 0
     for name, x in found.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise DataError(f"{path}: {shown(name)} is no tensor; wanted tensors by name")
+            raise DataError(f"{path}: {str(name)[:80]} is no tensor; wanted tensors by name")
         if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type != "cpu":
             raise DataError(f"{path}: {name} is {x.dtype}, {x.layout}; wanted plain numbers")
         size += x.numel() * x.element_size()
