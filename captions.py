@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks import DataError, read_text
+from benchmarks import HALF, DataError, read_json, shown
 from meteor import NO_LISTS, look_up, meteor_scores, word_lists
 from ptb import ptb_tokenize
 
@@ -266,13 +266,15 @@ def check_captions(references: dict[str, list[str]], hypotheses: dict[str, str])
         if missing := [key for key in ours if key not in others]:
             raise DataError(f"item {missing[0]!r} is not in the {side} ({len(missing)} are not)")
     for key, refs in references.items():
+        if HALF.search(key):
+            raise DataError(f"item {key!r}: the name holds half a character, wanted text")
         if not isinstance(refs, list | tuple) or not refs:
-            raise DataError(f"item {key!r}: references are {refs!r:.80}, wanted a list of texts")
+            raise DataError(f"item {key!r}: references are {shown(refs)}, wanted a list of texts")
         for text in (*refs, hypotheses[key]):
             if not isinstance(text, str):
-                raise DataError(f"item {key!r}: a caption is {text!r:.80}, wanted a text")
-            if re.search("[\ud800-\udfff]", text):
-                raise DataError(f"item {key!r}: {text!r:.80} holds half a character, wanted text")
+                raise DataError(f"item {key!r}: a caption is {shown(text)}, wanted a text")
+            if HALF.search(text):
+                raise DataError(f"item {key!r}: {shown(text)} holds half a character, wanted text")
 
 
 def read_captions(
@@ -345,28 +347,6 @@ def caption_scores(
 # python eval.py captions
 
 
-def read_captions_json(path: str | Path) -> object:
-    """Read JSON; DataError if a key stands twice: the first of two captions must not get lost."""
-
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
-            raise DataError(f"{path}: key {twice!r} is given twice, wanted once")
-        return found
-
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: is empty, wanted JSON")
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-
-
 def rows_by_item(path: str | Path, rows: list, item: Callable, text: str) -> dict[str, list[str]]:
     """Collect the texts of a list of {.., text: ".."}, the item's name made of each row.
 
@@ -376,9 +356,9 @@ def rows_by_item(path: str | Path, rows: list, item: Callable, text: str) -> dic
     for i, row in enumerate(rows):
         key = item(row) if isinstance(row, dict) else None
         if isinstance(key, bool) or not isinstance(key, str | int):
-            raise DataError(f"{path}: row {i} is {row!r:.80}, wanted a name or number as its id")
+            raise DataError(f"{path}: row {i} is {shown(row)}, wanted a name or number as its id")
         if not isinstance(row.get(text), str):
-            raise DataError(f"{path}: {key!r}: {text} is {row.get(text)!r:.80}, wanted a text")
+            raise DataError(f"{path}: {key!r}: {text} is {shown(row.get(text))}, wanted a text")
         out[str(key)].append(row[text])
     return dict(out)
 
@@ -397,9 +377,7 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
     Returns: texts by id; COCO's numbers as strings, YouCook2's segments as "<video>_<id>".
     Raises:  DataError naming the file, the item and what is wrong with it.
     """
-    data = read_captions_json(path)
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: holds a {type(data).__name__}, wanted an object of references")
+    data = read_json(path, dict)
     rows = data.get("annotations")
     if isinstance(rows, list) and any(isinstance(row, dict) for row in rows):
         return rows_by_item(path, rows, lambda row: row.get("image_id"), "caption")
@@ -408,14 +386,14 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
         for video, entry in data["database"].items():
             rows = entry.get("annotations") if isinstance(entry, dict) else None
             if not isinstance(rows, list):
-                raise DataError(f"{path}: {video}: annotations is {rows!r:.80}, wanted a list")
+                raise DataError(f"{path}: {video}: annotations is {shown(rows)}, wanted a list")
             found = rows_by_item(path, rows, lambda row: row.get("id"), "sentence")
             one_each(f"{path}: {video}", found)
             out |= {f"{video}_{key}": texts for key, texts in found.items()}
         return out
     for key, texts in data.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{path}: {key!r} has {texts!r:.80}, wanted a list of texts")
+            raise DataError(f"{path}: {key!r} has {shown(texts)}, wanted a list of texts")
         if not texts:
             raise DataError(f"{path}: {key!r} has no text, wanted at least one")
     return data
@@ -426,14 +404,12 @@ def read_hypotheses(path: str | Path) -> dict[str, str]:
 
     Raises: DataError for another form, naming the item.
     """
-    data = read_captions_json(path)
+    data = read_json(path, (dict, list))
     if isinstance(data, list):
         return one_each(path, rows_by_item(path, data, lambda row: row.get("image_id"), "caption"))
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: holds a {type(data).__name__}, wanted an object or a list")
     for key, text in data.items():
         if not isinstance(text, str):
-            raise DataError(f"{path}: {key!r} has {text!r:.80}, wanted a text")
+            raise DataError(f"{path}: {key!r} has {shown(text)}, wanted a text")
     return data
 
 

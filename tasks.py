@@ -10,6 +10,7 @@ What an item needs and does not have is left out, counted and said. Letters as i
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -253,7 +254,8 @@ def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride
     """Fill action segmentation from COIN's segments (sec. 4.2)."""
     if not labels:  # class 0 is the background; COIN's ids in numeric order, its own strings
         ids = {c.key or c.text for clips in found["training"].values() for c in clips}
-        labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if k.isdigit() else (1, 0, k))]
+        number = re.compile("[0-9]{1,18}").fullmatch
+        labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if number(k) else (1, 0, k))]
     index = {label: i for i, label in enumerate(labels)}
     words = {c.key or c.text: c.text for split in found.values() for v in split.values() for c in v}
     task.labels = labels

@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import DataError
 from bert import Bert, Layer, VLMConfig, pad
 from weights import (
     LoadReport,
@@ -615,15 +616,23 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     """
     path = Path(path)
     if not (path / "config.json").exists():
-        raise ValueError(f"{path}: no run here (config.json is missing): train one with train.py")
-    model = VLM(VLMConfig.from_json(path / "config.json"))
-    tensors, ours = read_tensors(path / "model.safetensors"), model.state_dict()
+        raise DataError(f"{path}: no run here (config.json is missing): train one with train.py")
+    config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
+    tensors = read_tensors(weights)
+    with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold
+        ours = VLM(config).state_dict()
     odd = [k for k in sorted({*tensors, *ours}) if k not in tensors or k not in ours]
     odd += [k for k in ours if k in tensors and tensors[k].shape != ours[k].shape]
     if odd:
-        raise ValueError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
+        raise DataError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
+    if odd := [k for k, x in tensors.items() if not x.isfinite().all()]:
+        raise DataError(f"{weights}: {odd[0]} holds NaN or infinity")
+    tokenizer, model = load_tokenizer(path), VLM(config)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise DataError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} word pieces, "
+                        f"config.json {config.vocab_size}")  # fmt: skip
     model.load_state_dict(tensors)
-    return model.to(device).eval(), load_tokenizer(path)
+    return model.to(device).eval(), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------
