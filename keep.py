@@ -119,7 +119,7 @@ class Log:
     """Print a line and write the same as a dict to log.jsonl, on rank 0."""
 
     def __init__(self, path: Path, start: int, ranks):
-        self.ranks, self.path = ranks, path
+        self.ranks = ranks
         if ranks.rank == 0:
             old = read_log(path) if start else []
             kept = [row for row in old if row.get("step", start + 1) <= start]
@@ -129,12 +129,19 @@ class Log:
 
     def __call__(self, row: dict, line: str | None = None) -> None:
         if self.ranks.rank == 0:
-            try:
-                self.file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise OSError(f"{self.path}: could not be written: {error.strerror}") from None
+            append(self.file, row)
         if line:
             self.ranks.say(line)
+
+
+def append(file: typing.IO, row: dict) -> None:
+    """Write a row as a line; OSError with the file's name and what to do."""
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(f"{file.name}: could not be written: {error.strerror}: make room, then "
+                      "--resume goes on from the last checkpoint") from None  # fmt: skip
 
 
 def read_log(path: Path) -> list[dict]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks import DataError
 from data import Corpus, Data, open_data, open_features, special_ids
 from eval import set_means, validate, zero_shot_retrieval
-from keep import Progress, Stopped, fingerprint, hold, read_checkpoint
+from keep import Progress, Stopped, append, fingerprint, hold, read_checkpoint
 from loop import LoopConfig, Ranks, clock, fit, launch, opt, start_ranks
 from toy import write_toy
 from vlm import VLM, Batch, LossSums, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
@@ -166,7 +166,16 @@ def run_directory(cfg: LoopConfig, ranks: Ranks) -> Path:
         ranks.lock = ranks.lock or hold(out)
         return out
 
-    return ranks.first(choose)
+    def chosen() -> Path:
+        try:
+            return choose()
+        except OSError as error:
+            where = f"--out {cfg.out}" if cfg.out else "runs/ in this folder"
+            raise OSError(
+                f"{where} cannot be written: {error.strerror}: choose another --out"
+            ) from None
+
+    return ranks.first(chosen)
 
 
 def new_directory(name: str) -> Path:
@@ -349,7 +358,7 @@ def conclude(cfg: LoopConfig, ranks: Ranks, out: Path, summary: dict, reached: P
     summary |= {"skipped": reached.skipped, "seconds": round(reached.seconds, 1)}
     if ranks.rank == 0:
         with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(summary) + "\n")
+            append(f, summary)
         if cfg.json:
             Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
     skipped = f", {reached.skipped} steps skipped" if reached.skipped else ""
