@@ -17,8 +17,8 @@ Without --steps and --epochs: 10 epochs and at least 300 steps, of 128 clips (re
 (captioning), or 32 and 16 windows (segmentation, localization); less on the toy world.
 """
 
-import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +32,20 @@ from torch import Tensor
 
 from data import encode, generator, open_features, pairs
 from eval import ANSWER, Options, evaluate
-from loop import Log, LoopConfig, Ranks, clock, close, fit, opt, parse, start_ranks
+from keep import Log, Progress, Stopped, fingerprint, read_log
+from loop import LoopConfig, Ranks, fit, launch, opt, start_ranks
 from tasks import DATASETS, WINDOW, Item, Task, joined, open_task
-from train import begin, fill_in, is_toy, make_model, newest_run, run_directory, settle
+from train import (
+    agreed,
+    begin,
+    conclude,
+    fill_in,
+    is_toy,
+    make_model,
+    newest_run,
+    run_directory,
+    stopped,
+)
 from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run
 
 # ---------------------------------------------------------------------------------------------
@@ -243,9 +254,7 @@ class Best:
     at: int = 0
 
     def __post_init__(self):
-        log = self.out / "log.jsonl"  # a resumed run finds what it had
-        rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
-        for row in rows:
+        for row in read_log(self.out / "log.jsonl"):  # a resumed run finds what it had
             if "validation" in row and row["validation"] >= self.best:
                 self.best, self.at = row["validation"], row["step"]
 
@@ -296,13 +305,13 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
 
     Raises: ValueError when there are fewer items than ranks x micro-batches.
     """
-    ranks = start_ranks()
-    cfg = ranks.share(settle(cfg, set(given), TOY[cfg.task] | {"dropout": 0.0}, PAPER[cfg.task])
-                      if ranks.rank == 0 else None)  # fmt: skip
-    begin(cfg, ranks)
-    if not (cfg.resume or cfg.init or cfg.bert):
-        cfg.init = str(pre_trained(cfg))
-        ranks.say(f"from the weights of {cfg.init}")
+    with start_ranks() as ranks:
+        cfg = agreed(cfg, given, ranks, TOY[cfg.task] | {"dropout": 0.0}, PAPER[cfg.task])
+        return fine_tune(cfg, given, ranks)
+
+
+def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
+    """Open the task's data, cut to --limit; ValueError for too few items."""
     features = open_features(cfg.data, cfg.features)
     task = open_task(
         cfg.task, cfg.data, features, cfg.dataset, cfg.skip_bad, cfg.held_out, (), cfg.stride,
@@ -318,13 +327,23 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
             f"{len(task.train)} items to train on, wanted at least one for each of {ranks.world} "
             f"ranks x {cfg.accumulate} micro-batches"
         )
-    model, tokenizer = start_model(cfg, task, ranks.say)
+    return task
+
+
+def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
+    """Do what `main` says, as one of the ranks."""
+    begin(cfg, ranks)
+    if not (cfg.resume or cfg.init or cfg.bert):
+        cfg.init = str(ranks.first(lambda: pre_trained(cfg)))
+        ranks.say(f"from the weights of {cfg.init}")
+    task = ranks.every(lambda: open_items(cfg, ranks))
+    model, tokenizer = ranks.every(lambda: start_model(cfg, task, ranks.say))
     epoch = math.ceil(len(task.train) / cfg.batch)  # steps
     cfg.log_every = cfg.log_every or epoch
     if cfg.steps is None and "epochs" not in given and not is_toy(cfg.data):
         cfg.epochs = max(cfg.epochs, math.ceil(LEAST / epoch))
     fill_in(cfg, model, epoch)
-    out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
+    out = run_directory(cfg, ranks)
     cfg.out = str(out)
     model.to(ranks.device)
     best = Best(task, model, tokenizer, ranks, out, epoch, cfg.steps)
@@ -345,11 +364,21 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
     def asked(batch: Batch) -> tuple[int, int]:
         return count(batch, cfg.task)
 
-    reached, seconds = fit(cfg, ranks, model, loss, asked, draw, out, save, best)
-    if reached < cfg.steps:
-        again = f"torchrun finetune.py {cfg.task} --resume --out {out}"
-        ranks.say(f"stopped at step {reached}; to go on: {again}")
-        return {"final": False, "steps": reached}
+    facts = {"items to train on": fingerprint([repr(i.clip) for g in task.train for i in g])}
+    facts |= {"items held out": len(task.val), "vocabulary": tokenizer.get_vocab_size()}
+    reached = fit(cfg, ranks, model, loss, asked, draw, out, save, facts, best)
+    try:
+        if reached.step < cfg.steps:
+            raise Stopped
+        return finish(cfg, ranks, best, reached)
+    except Stopped:
+        again = f"torchrun finetune.py {cfg.task} --resume --out {shlex.quote(str(out))}"
+        return stopped(reached, ranks, again)
+
+
+def finish(cfg: TuneConfig, ranks: Ranks, best: Best, reached: Progress) -> dict:
+    """Test the best epoch and log the summary; Stopped if a signal comes."""
+    task, model, tokenizer, out = best.task, best.model, best.tokenizer, best.out
     ranks.wait()  # rank 0 writes the best weights, all read them
     if best.at:
         model.load_state_dict(read_tensors(out / "model.safetensors"))
@@ -357,16 +386,13 @@ def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
     else:
         best.save()
     options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
-    report = evaluate(model, tokenizer, task, options)
-    ranks.say(f"\n{report}\n\n{clock(seconds)} of training; the model is in {out}")
+    ranks.go_on()
+    with ranks.stop.soon():
+        report = evaluate(model, tokenizer, task, options)
+    ranks.say(f"\n{report}")
     summary = {"final": True, "steps": cfg.steps, **report.to_json()}
     summary |= {"best_step": best.at, "held_out": best.best if best.at else None}
-    summary["seconds"] = round(seconds, 1)
-    if ranks.rank == 0:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(summary) + "\n")
-        if cfg.json:
-            Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
+    conclude(cfg, ranks, out, summary, reached)
     return summary
 
 
@@ -386,9 +412,7 @@ def pre_trained(cfg: TuneConfig) -> Path:
 
 def cli() -> int:
     """Run the command line."""
-    main(*parse(TuneConfig, description=__doc__))
-    close()
-    return 0
+    return launch(main, TuneConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 The loss divides by the hidden tokens of the whole step, and V' (Eq. 9) joins all ranks: 1, 2 or 8
 ranks train the same model. What is drawn at random depends on (seed, step) or (seed, epoch, video,
 clip) alone, so nothing random has to be saved.
+
+What one rank meets (a signal, a bad file, a full disk) all ranks learn of, and act on in the same
+step. What a run leaves behind is written by keep.py.
 """
 
 import argparse
@@ -10,12 +13,11 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import math
 import os
 import re
 import resource
-import signal
+import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -31,8 +33,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import DataError
+from keep import (
+    Log,
+    Progress,
+    Stop,
+    Stopped,
+    differences,
+    last_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    stay,
+)
 from vlm import VLM, Batch, LossSums
-from weights import first_line, write_aside
+from weights import first_line
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -152,6 +166,22 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    lock: typing.IO | None = None  # of the run directory
+
+    def __post_init__(self):
+        self.stop = Stop(speak=self.rank == 0)
+
+    def __enter__(self) -> "Ranks":
+        self.stop.watch()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.stop.unwatch()
+        if self.lock:
+            self.lock.close()
+        if kind is None and dist.is_initialized():
+            gc.collect()  # what still holds the group would end it too late, and abort the process
+            dist.destroy_process_group()
 
     def sum(self, x: Tensor) -> Tensor:
         """Add x, of any shape, up over all ranks, in place."""
@@ -169,6 +199,54 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def first(self, do: Callable):
+        """Let rank 0 do something, and give every rank what came of it: a value, or its error."""
+        value = error = None
+        if self.rank == 0:
+            try:
+                value = do()
+            except (ValueError, OSError) as found:
+                error = found
+        value, error = self.share((value, error))
+        if error is not None:
+            raise error
+        return value
+
+    def every(self, do: Callable):
+        """Let every rank do something: its own value, or the first error that any met."""
+        value = error = None
+        try:
+            value = do()
+        except (ValueError, OSError) as found:
+            error = found
+        for rank, met in enumerate(self.all(error)):
+            if met is not None:
+                raise met if rank == self.rank or not rank else type(met)(f"on rank {rank}: {met}")
+        return value
+
+    def all(self, value) -> list:
+        """Give every rank what each of them holds, in rank order."""
+        found = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def agree(self, held: dict) -> None:
+        """Raise the same ValueError on every rank where one holds another value than rank 0."""
+        own, *others = self.all(held)
+        for rank, other in enumerate(others, 1):
+            for name in own | other:
+                if own.get(name) != other.get(name):
+                    raise ValueError(
+                        f"rank {rank} has {name} {other.get(name)}, rank 0 {own.get(name)}: start "
+                        "all ranks by the same command, with the same data and the same versions"
+                    )
+
+    def go_on(self) -> None:
+        """Raise Stopped on every rank if a signal asked any to stop."""
+        if self.sum(torch.tensor(int(self.stop.asked), device=self.device)):
+            raise Stopped
 
     def wait(self) -> None:
         """Let every rank come here before any goes on."""
@@ -235,11 +313,25 @@ class Objective(nn.Module):
         return self.loss(self.model, batch)
 
 
-def close() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        gc.collect()  # what still holds the group would end it too late, and abort the process
-        dist.destroy_process_group()
+def launch(main: Callable, Config: type, description: str, argv: list[str] | None = None) -> int:
+    """Run train.py's or finetune.py's main on a command line: the exit code of this rank."""
+    try:
+        main(*parse(Config, argv, description))
+        return 0
+    except KeyboardInterrupt:
+        print("error: ended at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        rank, said = os.environ.get("RANK", "0"), first_line(error)
+        if not dist.is_initialized() or not re.search("gloo|nccl|clos|reset", said, re.IGNORECASE):
+            raise
+        time.sleep(2)  # so that torchrun finds first, and names, the rank that was lost
+        print(
+            f"error: rank {rank} lost another rank ({said}); what that one or torchrun says is the "
+            "cause. --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,41 +414,6 @@ class Steps(Dataset):
             return error
 
 
-class Stop:
-    """Remember SIGTERM or SIGINT until the step is done: `with Stop() as stop: ... stop.asked`."""
-
-    def __enter__(self) -> "Stop":
-        self.asked = False
-        names = (signal.SIGTERM, signal.SIGINT)
-        self.before = {name: signal.signal(name, self) for name in names}
-        return self
-
-    def __call__(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-
-class Log:
-    """Print a line and write the same as a dict to log.jsonl, on rank 0."""
-
-    def __init__(self, path: Path, start: int, ranks: Ranks):
-        self.ranks = ranks
-        if ranks.rank == 0:
-            old = path.read_text().splitlines() if path.exists() and start else []
-            kept = [x for x in old if json.loads(x).get("step", start + 1) <= start]
-            path.write_text("".join(x + "\n" for x in kept))
-            self.file = open(path, "a", buffering=1)
-
-    def __call__(self, row: dict, line: str | None = None) -> None:
-        if self.ranks.rank == 0:
-            self.file.write(json.dumps(row) + "\n")
-        if line:
-            self.ranks.say(line)
-
-
 def memory_mib(device: torch.device) -> float:
     """Return the peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -385,30 +442,41 @@ def fit(
     draw: Callable[[int, int], Batch],
     out: Path,
     save: Callable[[], None],
+    facts: dict[str, object],
     check: Callable[[int, "Log"], bool] | None = None,
-) -> tuple[int, float]:
+) -> "Progress":
     """Train from the last checkpoint, or the start, to cfg.steps.
 
     Args:    loss: (model, batch) -> LossSums. count: batch -> the two counts that loss will have.
              draw: (step, micro-batch) -> this rank's batch. out: the run directory.
-             save: writes the model there beside trainer.pt. check: (step, log) -> whether it
-             validated after that step, which is then saved too.
-    Returns: (step reached, seconds trained): fewer than cfg.steps when a signal asked to stop.
-    Raises:  ValueError after ten steps in a row without a finite loss and gradient.
+             save: writes the model there beside trainer.pt. facts: what all ranks must hold alike
+             and a resumed run should. check: (step, log) -> whether it validated after that step,
+             which is then saved too.
+    Returns: how far it came: fewer steps than cfg.steps when a signal asked to stop.
+    Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
+             of whichever rank met one, on every rank; OSError where a checkpoint cannot be written.
     """
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    mlp = [p for p in model.videomlp.parameters() if p.requires_grad]
-    others = [p for p in params if all(p is not q for q in mlp)]
     # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
-    groups, peaks = [{"params": others}, {"params": mlp}], (cfg.lr, cfg.mlp_lr)
+    groups, peaks = [{"params": params}], [cfg.lr]
+    if cfg.mlp_lr not in (None, cfg.lr):
+        mlp = set(model.videomlp.parameters())
+        groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
+        peaks.append(cfg.mlp_lr)
     optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
-    start, before = 0, 0.0
-    if (out / "trainer.pt").exists():
-        start, before = load_checkpoint(out / "trainer.pt", model, optimizer, scaler)
-        ranks.say(f"resumed at step {start}")
+    facts = facts | {"parameters": sum(p.numel() for p in params)}
+    path, reached = out / "trainer.pt", Progress()
+    if path.exists():
+        state = read_checkpoint(path)
+        reached = load_checkpoint(path, state, model, optimizer, scaler)
+    start, before = reached.step, reached.seconds
+    ranks.agree(facts | {"its checkpoint at step": start})
+    facts |= {"torch": str(torch.__version__), "ranks": world, "device": device.type, "dtype": why}
+    if path.exists():
+        ranks.say("\n".join([*differences(state, facts), f"resumed at step {start}"]))
     if cfg.compile:
         for layer in model.bert.encoder["layer"]:
             layer.compile(dynamic=True)
@@ -421,81 +489,109 @@ def fit(
     processes = "1 process" if world == 1 else f"{world} processes"
     ranks.say(f"training in {why}, {processes}, {sum(p.numel() for p in params):,} parameters")
     model.train()
-    skipped = bad_in_a_row = 0
+    bad_in_a_row = 0
     begun = since = time.monotonic()
     done = logged = start
 
-    with Stop() as stop:
-        loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
-        for step in range(start, cfg.steps):
-            # ---- set lr; dropout depends on (seed, step, rank) alone
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = learning_rate(step, cfg, peak)
-            torch.manual_seed(mix(cfg.seed, step, ranks.rank))
+    def keep() -> None:
+        reached.seconds = before + time.monotonic() - begun
+        try:
+            save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
+            save_checkpoint(path, model, optimizer, scaler, reached, cfg, facts)
+        except OSError as error:
+            raise OSError(f"{error}; the last checkpoint is {last_checkpoint(out)}") from None
 
-            # ---- the step's batches and, over all ranks and micro-batches, how much they predict
-            batches = [whole(batch) for batch in itertools.islice(loader, cfg.accumulate)]
-            asked = [[int(n) for n in count(b)] for b in batches]
-            counts = [*map(sum, zip(*asked, strict=True)), int(stop.asked)]
-            video_count, text_count, stop_now = ranks.sum(torch.tensor(counts, device=device))
+    if not path.exists():  # a disk that cannot take it says so now, and --resume always can
+        ranks.first(keep)
+    loader = iter(DataLoader(steps, None, num_workers=cfg.workers, worker_init_fn=stay))
+    for step in range(start, cfg.steps):
+        # ---- set lr; dropout depends on (seed, step, rank) alone
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, cfg, peak)
+        torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 
-            # ---- forward and backward, one micro-batch at a time
-            parts = []
-            for i, batch in enumerate(batches):
-                batch = batch.to(device)
-                wait = world > 1 and i < cfg.accumulate - 1
-                with objective.no_sync() if wait else contextlib.nullcontext():
-                    with autocast(device, dtype):
-                        sums = objective(batch)
-                    # DDP averages gradients over ranks; the loss divides by the whole step's counts
-                    value = sums.value(video_count, text_count) * world
-                    scaler.scale(value).backward()
-                parts.append((sums, batch))
+        # ---- the step's batches and, over all ranks and micro-batches, how much they predict
+        batches, video_count, text_count, stop_now, unread = read_step(loader, cfg, count, ranks)
 
-            # ---- clip, step; all ranks hold the same gradients, so all skip or none does
+        # ---- forward and backward, one micro-batch at a time
+        parts = []
+        for i, batch in enumerate(batches):
+            batch = batch.to(device)
+            wait = world > 1 and i < cfg.accumulate - 1
+            with objective.no_sync() if wait else contextlib.nullcontext():
+                with autocast(device, dtype):
+                    sums = objective(batch)
+                # DDP averages gradients over ranks; the loss divides by the whole step's counts
+                value = sums.value(video_count, text_count) * world
+                scaler.scale(value).backward()
+            parts.append((sums, batch))
+
+        # ---- clip, step; all ranks hold the same gradients, so all skip or none does
+        norm = math.nan
+        if not unread:
             scaler.unscale_(optimizer)
             norm = float(nn.utils.clip_grad_norm_(params, cfg.clip))
-            if math.isfinite(norm):
-                scaler.step(optimizer)
-                total.add(parts)
-                bad_in_a_row = 0
-            else:
-                skipped, bad_in_a_row = skipped + 1, bad_in_a_row + 1
+        if math.isfinite(norm):
+            scaler.step(optimizer)
+            total.add(parts)
+            bad_in_a_row = 0
+        else:
+            bad_in_a_row, reached.skipped = bad_in_a_row + 1, reached.skipped + 1
+        if not unread:
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if bad_in_a_row == 10:
-                raise ValueError(
-                    f"ten steps in a row had a loss or gradient that is not finite, the last one "
-                    f"step {step + 1}; the last good checkpoint is {last_checkpoint(out)}"
-                )
+        optimizer.zero_grad(set_to_none=True)
+        if bad_in_a_row == 10:
+            why = unread or "their loss or gradient was not finite"
+            raise ValueError(
+                f"ten steps in a row were skipped, the last one step {step + 1}: {why}; "
+                f"the last good checkpoint is {last_checkpoint(out)}"
+            )
 
-            # ---- log
-            done, now = step + 1, time.monotonic()
-            if done % cfg.log_every == 0 or done == cfg.steps:
-                row = {
-                    "step": done,
-                    **total.row(ranks, now - since),
-                    "lr": learning_rate(step, cfg),
-                }
-                row |= {"grad": norm, "ms": 1000 * (now - since) / (done - logged)}
-                row |= {"skipped": skipped, "memory_mib": round(memory_mib(device))}
-                row["left_s"] = round((now - begun) / (done - start) * (cfg.steps - done))
-                log(row, log_line(row, cfg.steps))
-                since, logged, total = now, done, Totals(device)
+        # ---- log
+        done = reached.step = step + 1
+        now = time.monotonic()
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            row = {"step": done, **total.row(ranks, now - since), "lr": learning_rate(step, cfg)}
+            row |= {"grad": norm, "ms": 1000 * (now - since) / (done - logged)}
+            row |= {"skipped": reached.skipped, "memory_mib": round(memory_mib(device))}
+            row["left_s"] = round((now - begun) / (done - start) * (cfg.steps - done))
+            log(row, log_line(row, cfg.steps))
+            since, logged, total = now, done, Totals(device)
 
-            # ---- validate, save
-            checked = check is not None and check(done, log)
-            if checked:
-                model.train()
-                since += time.monotonic() - now
-            if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
-                if ranks.rank == 0:
-                    spent = before + time.monotonic() - begun
-                    save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
-                    save_checkpoint(out / "trainer.pt", model, optimizer, scaler, done, spent, cfg)
-                if stop_now:
-                    break
-    return done, before + time.monotonic() - begun
+        # ---- validate, save
+        checked = check is not None and check(done, log)
+        if checked:
+            model.train()
+            since += time.monotonic() - now
+        if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
+            ranks.first(keep)
+        if stop_now:
+            break
+    reached.seconds = before + time.monotonic() - begun
+    return reached
+
+
+def read_step(loader, cfg: LoopConfig, count: Callable, ranks: Ranks) -> tuple:
+    """Read this rank's micro-batches of a step, and learn how the others fared.
+
+    Returns: (batches, the two counts over all ranks (), whether a signal asked any rank to stop,
+             what could not be read). Where one rank could not read its own, none has any.
+    Raises:  DataError on every rank for a file that one could not read, unless --skip-bad.
+    """
+    batches = list(itertools.islice(loader, cfg.accumulate))
+    errors = [batch for batch in batches if isinstance(batch, DataError)]
+    asked = [(0, 0)] if errors else [[int(n) for n in count(b)] for b in batches]
+    counts = [*map(sum, zip(*asked, strict=True)), int(ranks.stop.asked), len(errors)]
+    counts = ranks.sum(torch.tensor(counts, device=ranks.device))
+    stop, bad = counts[2:].tolist()
+    if not bad:
+        return batches, *counts[:2], bool(stop), ""
+    on = "on rank {}: " if ranks.world > 1 else ""
+    met = [on.format(r) + str(e) for r, each in enumerate(ranks.all(errors)) for e in each]
+    if not cfg.skip_bad:
+        raise DataError(met[0])
+    ranks.say("\n".join(f"a step is skipped: {line}" for line in met))
+    return [], *counts[:2], bool(stop), met[0]
 
 
 class Totals:
@@ -556,47 +652,3 @@ def log_line(row: dict, steps: int) -> str:
 def mix(*key: int) -> int:
     """Make one seed of several numbers."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def whole(batch: Batch | DataError) -> Batch:
-    """Raise what went wrong while a batch was read."""
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
-
-
-def save_checkpoint(path: Path, model, optimizer, scaler, step: int, seconds: float, cfg) -> None:
-    """Write all that resuming needs, seconds trained too, as one file, moved into place whole."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": scaler.state_dict(), "step": step, "seconds": seconds}
-    state |= {"config": dataclasses.asdict(cfg), "torch": str(torch.__version__)}
-    write_aside(path, lambda f: torch.save(state, f))
-
-
-def load_checkpoint(path: Path, model, optimizer, scaler) -> tuple[int, float]:
-    """Fill model, optimizer and scaler from trainer.pt: (step, seconds trained)."""
-    state = read_checkpoint(path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return state["step"], state["seconds"]
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no checkpoint to resume from") from None
-    except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
-        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
-    if not isinstance(state, dict) or {"model", "optimizer", "step", "config"} - set(state):
-        raise ValueError(f"{path}: not a checkpoint of train.py")
-    return state
-
-
-def last_checkpoint(out: Path) -> str:
-    """Name the last checkpoint of a run and its step."""
-    path = out / "trainer.pt"
-    return f"{path}, step {read_checkpoint(path)['step']}" if path.exists() else "none yet"

@@ -13,12 +13,14 @@ dropout; other data the paper's 15 epochs of 256 clips, 32 of a video. The loop 
 precision, schedule and checkpoints, stands in loop.py.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ from torch import Tensor
 from benchmarks import DataError
 from data import Corpus, Data, open_data, open_features, special_ids
 from eval import set_means, validate, zero_shot_retrieval
-from loop import LoopConfig, Ranks, clock, close, fit, opt, parse, read_checkpoint, start_ranks
+from keep import Progress, Stopped, append, fingerprint, hold, read_checkpoint
+from loop import LoopConfig, Ranks, clock, fit, launch, opt, start_ranks
 from toy import write_toy
 from vlm import VLM, Batch, LossSums, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
 
@@ -69,10 +72,18 @@ class TrainConfig(LoopConfig):
 
 TOY = dict(steps=1000, batch=32, clips_per_video=2, dropout=0.0)
 PAPER = dict(epochs=15, batch=256, clips_per_video=32)  # lr and warm-up: see `fill_in`
+MADE = ("bert", "scratch", "init", "layers", "width", "loss", "dataset")  # a resumed run has these
 
 
 # ---------------------------------------------------------------------------------------------
 # Pre-training
+
+
+def agreed(cfg: LoopConfig, given: set[str], ranks: Ranks, *defaults: dict) -> LoopConfig:
+    """Settle a command on rank 0, for all; ValueError where a rank was given another one."""
+    command = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(cfg).items()}
+    ranks.agree({"program": type(cfg).__name__, "torch": str(torch.__version__), **command})
+    return ranks.first(lambda: settle(cfg, set(given), *defaults))
 
 
 def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPER) -> LoopConfig:
@@ -89,10 +100,18 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
         if "task" in known and "task" not in saved:
             raise ValueError(f"{out} is a pre-training run: torchrun train.py --resume goes on")
         changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
+        changed = {k: v for k, v in changed.items() if saved.get(k) != v}
         for name, value in changed.items():
-            if saved.get(name) != value:
-                print(f"resuming with --{name.replace('_', '-')} {value}, it was {saved.get(name)}")
+            flag, was = f"--{name.replace('_', '-')} {value}", saved.get(name)
+            if name in MADE:
+                raise ValueError(f"{flag}: the run in {out} has {was}, and its model is made: "
+                                 "leave the flag out, or start another run")  # fmt: skip
+            print(f"resuming with {flag}, it was {was}")
+        for name in saved.keys() - known:
+            print(f"the run's setting {name} = {saved[name]} is unknown here and left out")
         values = {k: v for k, v in saved.items() if k in known} | changed
+        if "epochs" in changed and "steps" not in changed:
+            values["steps"] = None
         return type(cfg)(**values | {"resume": True, "out": str(out), "json": cfg.json})
     defaults = toy if is_toy(cfg.data) else paper
     empty = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
@@ -126,17 +145,56 @@ def newest_run(cfg: LoopConfig) -> Path:
     return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
 
 
-def run_directory(cfg: LoopConfig) -> Path:
-    """Choose or check the run directory: a new run in another one's is a ValueError."""
-    if cfg.out:
-        out = Path(cfg.out)
-        if not cfg.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out} is not empty: add --resume to go on, or choose another")
-    else:
-        names = (cfg.name + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-        out = next(p for p in (Path("runs") / name for name in names) if not p.exists())
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+def run_directory(cfg: LoopConfig, ranks: Ranks) -> Path:
+    """Choose or check the run directory, and lock it on rank 0; all ranks learn which.
+
+    Raises: ValueError for a new run in another one's, or one that another process has.
+    """
+
+    def choose() -> Path:
+        if cfg.out:
+            out = Path(cfg.out)
+            if (out / "lock").exists():  # who has it is a better answer than that it is not empty
+                ranks.lock = hold(out)
+            if not cfg.resume and out.exists() and not is_free(out):
+                raise ValueError(
+                    f"--out {out} is not empty: add --resume to go on, or choose another"
+                )
+            out.mkdir(parents=True, exist_ok=True)
+        else:
+            out = new_directory(cfg.name)
+        ranks.lock = ranks.lock or hold(out)
+        return out
+
+    def chosen() -> Path:
+        try:
+            return choose()
+        except OSError as error:
+            where = f"--out {cfg.out}" if cfg.out else "runs/ in this folder"
+            raise OSError(
+                f"{where} cannot be written: {error.strerror}: choose another --out"
+            ) from None
+
+    return ranks.first(chosen)
+
+
+def new_directory(name: str) -> Path:
+    """Make runs/NAME, or NAME-2 and so on, which no other run that starts now takes as well."""
+    for n in itertools.count(1):
+        out = Path("runs") / (name + (f"-{n}" if n > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            return out
+
+
+def is_free(out: Path) -> bool:
+    """Tell an empty folder, or what is left of a run that ended before its first checkpoint."""
+    if not out.is_dir():
+        return False
+    names = {p.name for p in out.iterdir() if p.suffix != ".partial"}
+    if names == {"lock", "log.jsonl"}:
+        return not (out / "log.jsonl").stat().st_size
+    return names <= {"lock"}
 
 
 def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM, Tokenizer]:
@@ -201,10 +259,9 @@ def begin(cfg: LoopConfig, ranks: Ranks) -> None:
             f"--batch {cfg.batch} is not divisible by {ranks.world} ranks x "
             f"--accumulate {cfg.accumulate}"
         )
-    if ranks.rank == 0 and is_toy(cfg.data) and not Path(cfg.data).exists():
-        write_toy(cfg.data)
+    if ranks.first(lambda: is_toy(cfg.data) and not Path(cfg.data).exists()):
+        ranks.first(lambda: write_toy(cfg.data))
         ranks.say(f"toy world written to {cfg.data}/")
-    ranks.wait()
     # A node that does not see rank 0's files writes its own toy world, which is the same one.
     if os.environ.get("LOCAL_RANK") == "0" and is_toy(cfg.data) and not Path(cfg.data).exists():
         write_toy(cfg.data)
@@ -213,12 +270,16 @@ def begin(cfg: LoopConfig, ranks: Ranks) -> None:
 
 def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
     """Pre-train and evaluate; return the summary, the last line of log.jsonl."""
-    ranks = start_ranks()
-    cfg = ranks.share(settle(cfg, set(given)) if ranks.rank == 0 else None)
+    with start_ranks() as ranks:
+        return pre_train(agreed(cfg, given, ranks), ranks)
+
+
+def pre_train(cfg: TrainConfig, ranks: Ranks) -> dict:
+    """Do what `main` says, as one of the ranks."""
     begin(cfg, ranks)
-    model, tokenizer, data = build(cfg, ranks.say)
+    model, tokenizer, data = ranks.every(lambda: build(cfg, ranks.say))
     fill_in(cfg, model, len(data.train.ids) * cfg.clips_per_video / cfg.batch)
-    out = Path(ranks.share(str(run_directory(cfg)) if ranks.rank == 0 else None))
+    out = run_directory(cfg, ranks)
     cfg.out = str(out)
     model.to(ranks.device)
     # Eq. 9 has no biases: what a loss never reads, DDP must not wait for.
@@ -240,15 +301,26 @@ def main(cfg: TrainConfig, given: set[str] = frozenset()) -> dict:
     def save() -> None:
         save_run(out, model, tokenizer)
 
-    reached, seconds = fit(cfg, ranks, model, loss, count, draw, out, save)
-    if reached < cfg.steps:
-        ranks.say(f"stopped at step {reached}; to go on: torchrun train.py --resume --out {out}")
-        return {"final": False, "steps": reached}
-    return finish(cfg, ranks, model, tokenizer, data, out, seconds)
+    captions = data.train.captions
+    facts = {"training videos": fingerprint(data.train.ids), "captions": len(captions.start)}
+    facts |= {"word pieces": len(captions.tokens), "vocabulary": tokenizer.get_vocab_size()}
+    reached = fit(cfg, ranks, model, loss, count, draw, out, save, facts)
+    try:
+        if reached.step < cfg.steps:
+            raise Stopped
+        return finish(cfg, ranks, model, tokenizer, data, out, reached)
+    except Stopped:
+        return stopped(reached, ranks, f"torchrun train.py --resume --out {shlex.quote(str(out))}")
 
 
-def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seconds: float) -> dict:
-    """Evaluate the model, trained for `seconds`, save it with its means, log the summary."""
+def stopped(reached: Progress, ranks: Ranks, command: str) -> dict:
+    """Say how a run that a signal stopped goes on; return its summary."""
+    ranks.say(f"stopped at step {reached.step}; to go on: {command}")
+    return {"final": False, "steps": reached.step}
+
+
+def finish(cfg, ranks, model: VLM, tokenizer, data: Data, out: Path, reached: Progress) -> dict:
+    """Evaluate the model, save it with its means, log the summary; Stopped if a signal comes."""
     set_means(model, data.train)
     summary = {"final": True, "steps": cfg.steps, "loss": None, "chance": None}
     if data.val:
@@ -257,6 +329,7 @@ def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seco
             1.0: "from the other modality alone",
         }
         for mmm, title in titles.items():
+            ranks.go_on()
             table = validate(model, data.val, cfg.loss, cfg.batch, mmm, ranks)
             ranks.say(f"\nheld-out videos, nats a hidden token, {title}")
             ranks.say(f"{'':10}{'video':>8}{'text':>8}{'loss':>8}")
@@ -266,29 +339,35 @@ def finish(cfg, ranks: Ranks, model: VLM, tokenizer, data: Data, out: Path, seco
         first = summary["val"][str(cfg.mmm)]
         summary |= {"loss": first["model"]["loss"], "chance": first["chance"]["loss"]}
     if data.test:
+        ranks.go_on()
         model.eval()
-        found = zero_shot_retrieval(model, tokenizer, data.features, data.test)
+        with ranks.stop.soon():
+            found = zero_shot_retrieval(model, tokenizer, data.features, data.test)
         ranks.say(f"\nzero-shot text-to-video retrieval, {len(data.test)} {data.test_name}")
         for name, row in found.items():
             ranks.say(f"{name:16}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
         summary |= {"R@1": found["dot product"]["R@1"], "R@10": found["dot product"]["R@10"]}
         summary |= {"R@10_chance": found["chance"]["R@10"], "retrieval": found}
-    summary["seconds"] = round(seconds, 1)
+    ranks.first(lambda: save_run(out, model, tokenizer))
+    conclude(cfg, ranks, out, summary, reached)
+    return summary
+
+
+def conclude(cfg: LoopConfig, ranks: Ranks, out: Path, summary: dict, reached: Progress) -> None:
+    """Complete the summary, write it to log.jsonl and --json, say where all of it is."""
+    summary |= {"skipped": reached.skipped, "seconds": round(reached.seconds, 1)}
     if ranks.rank == 0:
-        save_run(out, model, tokenizer)
         with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(summary) + "\n")
+            append(f, summary)
         if cfg.json:
             Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
-    ranks.say(f"\n{clock(seconds)} of training; the model is in {out}")
-    return summary
+    skipped = f", {reached.skipped} steps skipped" if reached.skipped else ""
+    ranks.say(f"\n{clock(reached.seconds)} of training{skipped}; the model is in {out}")
 
 
 def cli() -> int:
     """Run the command line."""
-    main(*parse(TrainConfig, description=__doc__))
-    close()
-    return 0
+    return launch(main, TrainConfig, __doc__)
 
 
 if __name__ == "__main__":

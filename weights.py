@@ -8,11 +8,13 @@ Each says which tensors were loaded, are new, or were in the file and not used.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -321,13 +323,28 @@ def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer | None) ->
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it in, so that a reader never sees half of it."""
+    """Write a file beside its place and move it in, so that a reader never sees half of it.
+
+    Raises: OSError with the file, the reason and the room that is left; what was there stays.
+    """
     aside = path.with_name(path.name + ".partial")
-    write(aside)
-    with open(aside, "rb+") as f:
-        os.fsync(f.fileno())
-    os.chmod(aside, 0o644)  # safetensors leaves a file that nobody else may read
-    os.replace(aside, path)
+    try:
+        write(aside)
+        with open(aside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(aside, 0o644)  # safetensors leaves a file that nobody else may read
+        os.replace(aside, path)
+    except Exception as error:  # torch, safetensors and tokenizers each have their own
+        # torch hides the reason behind an error of its own; OSErrors themselves name the .partial
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        reason = getattr(reason, "strerror", None) or first_line(reason)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
+        raise OSError(
+            f"{path}: could not be written: {reason} ({free} MiB free there): make room, or mend "
+            "the folder; what was there before is whole"
+        ) from None
 
 
 PROBE = "a \u8336 \u0418zq##'\U0001f35c"  # nobody's word: a vocabulary without [UNK] fails on it

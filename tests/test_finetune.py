@@ -212,9 +212,9 @@ def test_the_best_epoch_is_kept_not_the_last(small_toy, pre_trained, tmp_path, m
     monkeypatch.setattr(finetune, "save_run", spy)
     summary = main(cfg)
     steps = [r["step"] for r in rows(tmp_path / "run") if "validation" in r]
-    assert len(saved) == 3 and summary["best_step"] == steps[2]
+    assert len(saved) == 4 and summary["best_step"] == steps[2]  # the first: before any step
     left = read_tensors(tmp_path / "run" / "model.safetensors")
-    assert all(torch.equal(left[k], saved[2][k]) for k in left)
+    assert all(torch.equal(left[k], saved[3][k]) for k in left)
     last = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["model"]
     assert any(not torch.equal(left[k], last[k]) for k in left)
 

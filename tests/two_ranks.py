@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
-from loop import Objective, close, start_ranks
+from loop import Objective, start_ranks
 from tasks import DATASETS, open_task
 from train import TrainConfig, build, settle
 
@@ -49,8 +49,7 @@ def gradients(data: str, what: str, ranks, batch: int = 12) -> tuple[dict, float
 
 
 if __name__ == "__main__":
-    ranks = start_ranks()
-    grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
-    if ranks.rank == 0:
-        torch.save({"grads": grads, "loss": total}, sys.argv[3])
-    close()
+    with start_ranks() as ranks:
+        grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
+        if ranks.rank == 0:
+            torch.save({"grads": grads, "loss": total}, sys.argv[3])

@@ -1,0 +1,236 @@
+"""What is kept of a run, and how it is kept whole: checkpoints, the log, the lock, signals.
+
+trainer.pt holds all that resuming needs, log.jsonl what was printed, `lock` who writes them. Each
+file is moved into place when it is whole, so that a kill at any moment costs the steps since the
+last checkpoint and nothing else.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+import typing
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weights import first_line, write_aside
+
+# ---------------------------------------------------------------------------------------------
+# Signals, and two runs in one directory
+
+
+class Stopped(Exception):
+    """A signal came when the training was done and saved, and nothing else has to be finished."""
+
+
+class Stop:
+    """Remember SIGTERM or SIGINT until the step is done.
+
+    torchrun hands on what the terminal may have sent too: all that comes within SAME seconds is one
+    signal. A later one ends the process where it is, by KeyboardInterrupt.
+    """
+
+    SAME = 10.0
+
+    def __init__(self, speak: bool):
+        self.speak, self.pid = speak, os.getpid()  # speak: say on stderr when one comes
+        self.asked = self.at_once = False
+
+    def watch(self) -> None:
+        """Take over both signals."""
+        names = (signal.SIGTERM, signal.SIGINT)
+        self.before = {name: signal.signal(name, self) for name in names}
+
+    def unwatch(self) -> None:
+        """Give the signals back."""
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def __call__(self, *_) -> None:
+        now = time.monotonic()
+        if os.getpid() != self.pid:  # a loader process: its parent ends it
+            return
+        if self.asked:
+            if now - self.since > self.SAME:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.since = True, now
+        if self.speak:  # print could meet itself here
+            again = f"; again after {self.SAME:.0f} s ends it at once"
+            os.write(2, f"stopping at the end of the step{again}\n".encode())
+        if self.at_once:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def soon(self):
+        """Raise Stopped as soon as a signal comes, or if one has: no rank may wait for another."""
+        if self.asked:
+            raise Stopped
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+
+def stay(_: int) -> None:
+    """Let a loader process leave signals to its parent, which still wants the step's batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def hold(out: Path) -> typing.IO | None:
+    """Lock a run directory until the returned file is closed or this process ends, however it ends.
+
+    A POSIX lock belongs to one process: the loader processes that a killed run leaves for a moment
+    do not hold it. Where there are no locks, that is said. Raises: ValueError if another has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        print(f"no locks here: another run in {out} would not be noticed")
+        return None
+    file = open(out / "lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        who = file.read() or "another process"
+        raise ValueError(f"{out} is in use by {who}: let it end, or choose another --out") from None
+    except OSError as error:  # a file system without them
+        print(f"no locks here ({error}): another run in {out} would not be noticed")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+# ---------------------------------------------------------------------------------------------
+# The log
+
+
+class Log:
+    """Print a line and write the same as a dict to log.jsonl, on rank 0."""
+
+    def __init__(self, path: Path, start: int, ranks):
+        self.ranks = ranks
+        if ranks.rank == 0:
+            old = read_log(path) if start else []
+            kept = [row for row in old if row.get("step", start + 1) <= start]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            write_aside(path, lambda f: f.write_text(text))
+            self.file = open(path, "a", buffering=1)
+
+    def __call__(self, row: dict, line: str | None = None) -> None:
+        if self.ranks.rank == 0:
+            append(self.file, row)
+        if line:
+            self.ranks.say(line)
+
+
+def append(file: typing.IO, row: dict) -> None:
+    """Write a row as a line; OSError with the file's name and what to do."""
+    try:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(f"{file.name}: could not be written: {error.strerror}: make room, then "
+                      "--resume goes on from the last checkpoint") from None  # fmt: skip
+
+
+def read_log(path: Path) -> list[dict]:
+    """Read the rows of a log.jsonl, if it is there; half a last line is what a full disk leaves."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        print(f"{path}: its last line is cut short and left out")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training
+    skipped: int = 0  # steps whose gradient was not finite, or whose data could not be read
+
+
+def save_checkpoint(path: Path, model, optimizer, scaler, reached: Progress, cfg, facts) -> None:
+    """Write all that resuming needs as one file, moved into place whole.
+
+    Raises: OSError naming the checkpoint that is still there.
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": scaler.state_dict(), **dataclasses.asdict(reached)}
+    state |= {"config": dataclasses.asdict(cfg), "facts": facts, "torch": facts["torch"]}
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as f:  # torch.save to a path would not say that the disk is full
+            torch.save(state, f)
+
+    write_aside(path, write)
+
+
+def load_checkpoint(path: Path, state: dict, model, optimizer, scaler) -> Progress:
+    """Fill model, optimizer and scaler from what `read_checkpoint` read; ValueError if unlike."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} does not fit the model of config.json beside it: {said}"
+        ) from None
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return Progress(state["step"], state["seconds"], state.get("skipped", 0))
+
+
+def differences(state: dict, facts: dict) -> list[str]:
+    """Say what is not as it was when the checkpoint was written, a line for each."""
+    was = {"torch": state.get("torch")} | state.get("facts", {})  # older ones had torch alone
+    return [
+        f"{name}: {facts[name]} now, {was[name]} when the checkpoint was written"
+        for name in facts
+        if name in was and was[name] != facts[name]
+    ]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no checkpoint to resume from, the run was not begun") from None
+    except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
+        raise ValueError(f"{path}: not a whole checkpoint ({first_line(error)})") from None
+    if not isinstance(state, dict) or {"model", "optimizer", "step", "config"} - set(state):
+        raise ValueError(f"{path}: not a checkpoint of train.py")
+    return state
+
+
+def last_checkpoint(out: Path) -> str:
+    """Name the last checkpoint of a run and its step."""
+    path = out / "trainer.pt"
+    return f"{path}, step {read_checkpoint(path)['step']}" if path.exists() else "none yet"
+
+
+def fingerprint(names: list[str]) -> str:
+    """Make a short name of a list of names, to tell whether two lists are the same.
+
+    >>> fingerprint(["a", "b"])
+    '2 (ef0790fb)'
+    """
+    return f"{len(names)} ({zlib.crc32(chr(10).join(names).encode()):08x})"
