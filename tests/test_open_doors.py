@@ -20,10 +20,10 @@ import eval as evaluation
 import finetune
 import s3d
 from benchmarks import Clip, DataError, read_msrvtt, read_youcook2
-from data import Captions, FeatureStore, fingerprint
+from data import Captions, FeatureStore, encode, fingerprint, special_ids
 from loop import read_checkpoint
 from search import best_of_each, search
-from vlm import VLM, VLMConfig, load_bert, load_mmpt, load_run, load_tokenizer
+from vlm import VLM, VLMConfig, load_bert, load_mmpt, load_run, load_tokenizer, save_run
 
 REPO = Path(__file__).resolve().parents[1]
 HELD_OUT = 5  # clips of the fifteen that are not trained on
@@ -160,6 +160,53 @@ def test_search_finds_real_workouts_by_what_is_done_in_them(shared, tmp_path):
     first, three = (found <= 1).mean(), (found <= 3).mean()
     print(f"{first:.2f} first of 19, {three:.2f} among the first 3, by chance 0.05 and 0.16")
     assert len(videos) == 19 and len(clips) == 134 and first > 0.12 and three > 0.28
+
+
+# ---- to Hugging Face and back
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("safe", [True, False])
+@torch.no_grad()
+def test_a_run_goes_to_hugging_face_and_comes_back(small_toy, tmp_path, safe):
+    """README's lines: the same ids, every layer the same, and all of BERT there again."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(small_toy)
+    sizes = dict(hidden_size=24, num_attention_heads=3, num_hidden_layers=3, video_dim=7)
+    model = VLM(VLMConfig(**special_ids(tokenizer), **sizes)).eval()
+    for p in model.parameters():
+        p.normal_(0, 0.2)
+    save_run(tmp_path / "run", model, tokenizer)
+
+    bert = transformers.BertModel.from_pretrained(tmp_path / "run").eval()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = theirs("slice the onion", add_special_tokens=False).input_ids + [theirs.sep_token_id]
+    text = torch.tensor([ids])
+    where = dict(position_ids=34 + torch.arange(len(ids))[None])
+    where |= dict(token_type_ids=torch.ones_like(text), output_hidden_states=True)
+    wanted, valid = encode(["slice the onion"], tokenizer, model.config)
+    assert torch.equal(text, wanted) and valid.all()
+    layers = []
+    for layer in model.bert.encoder["layer"]:
+        layer.register_forward_hook(lambda m, i, out: layers.append(out))
+    h, found = model.encode_text(wanted, valid), bert(text, **where)
+    layers = [x[0] if isinstance(x, tuple) else x for x in layers]
+    assert len(layers) == 3
+    for ours, out in zip(layers, found.hidden_states[1:], strict=True):
+        assert torch.allclose(ours.reshape(out.shape), out, atol=1e-5)
+    assert torch.allclose(h, found.last_hidden_state, atol=1e-5)
+
+    other = transformers.BertForMaskedLM.from_pretrained(tmp_path / "run")
+    other.save_pretrained(tmp_path / "back")
+    if not safe:  # transformers 5 writes no .bin any more; it is torch.save of the same names
+        torch.save(other.state_dict(), tmp_path / "back" / "pytorch_model.bin")
+        (tmp_path / "back" / "model.safetensors").unlink()
+    again = VLM(VLMConfig.from_json(tmp_path / "back" / "config.json", video_dim=7)).eval()
+    report = load_bert(again, tmp_path / "back")
+    assert not report.unused and all(name.startswith("videomlp.") for name in report.new)
+    assert torch.equal(again.encode_text(wanted, valid), h)
+    assert torch.equal(again.word_logits(h), model.word_logits(h))
 
 
 # ---- nothing in a file is run
