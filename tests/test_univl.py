@@ -154,7 +154,7 @@ def test_a_malicious_annotation_is_refused_and_creates_nothing(world, tmp_path):
     assert not mark.exists()
     for made_of in ((np.dtype("O"), Evil(mark)), (np.dtype("O"), b"01234567"), (np.dtype("f8"), 3)):
         path.write_bytes(pickle.dumps({"v": {"start": Scalar(*made_of)}}))
-        with pytest.raises(DataError, match="refused"):
+        with pytest.raises(DataError, match="refused|not a whole pickle"):
             univl.read_youcook2(world)
         assert not mark.exists()
     with pytest.raises(DataError, match="refused: it names"):  # features hold arrays alone
