@@ -20,7 +20,7 @@ from data import FeatureStore
 def columns(annotations: list[dict]) -> dict[str, np.ndarray]:
     """One video as UniVL writes it: arrays of objects, the numbers numpy's or Python's."""
     spans = [x["segment"] for x in annotations]
-    start, end = [np.float64(a) for a, _ in spans], [b for _, b in spans]
+    start, end = [np.int64(a) for a, _ in spans], [float(b) for _, b in spans]
     texts = {"text": [x["sentence"] for x in annotations], "transcript": ["NONE"] * len(spans)}
     return {k: np.array(x, dtype=object) for k, x in {"start": start, "end": end, **texts}.items()}
 
