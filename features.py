@@ -130,8 +130,8 @@ class FeatureStore:
         if not np.isfinite(span).all() and not np.isfinite(rows).all():
             second = int(index[~np.isfinite(rows).all(1)][0])
             raise DataError(
-                f"{self.files[self.place[video]]}: {video}: features hold NaN or infinity at second "
-                f"{second}: extract it again"
+                f"{self.files[self.place[video]]}: {video}: features hold NaN or infinity "
+                f"at second {second}: extract it again"
             )
         return rows
 

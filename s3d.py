@@ -257,6 +257,7 @@ def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
         text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust it
         first = (text.strip() or type(error).__name__).splitlines()[0]
+        first = "".join(c if c.isprintable() else "?" for c in first[:300])
         raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
     tensors = found.items() if isinstance(found, dict) else [(None, None)]
     if not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in tensors):
