@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -39,6 +40,7 @@ from weights import mmpt_config
 
 COUNT = int(os.environ.get("VLM_FUZZ", 40))
 SEED = int(os.environ.get("VLM_FUZZ_SEED", 0))
+KEPT = Path(tempfile.gettempdir()) / "vlm-fuzz"  # what a reader got wrong
 SECONDS, MEMORY = 10, 2**30  # for one damaged file; for all of a reader
 
 SIZES = dict(hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=16)
@@ -196,7 +198,7 @@ def caption_files(folder: Path, rng: random.Random) -> None:
     hypotheses = read_hypotheses(rng.choice(sorted(folder.glob("H*.json"))))
     both = [key for key in references if key in hypotheses]
     refs, ours = ({key: x[key] for key in both} for x in (references, hypotheses))
-    scores = caption_scores(refs, ours, rng.choice(["ptb", "space"]), per_item=True)
+    scores = caption_scores(refs, ours, rng.choice(["ptb", "space"]), None, folder / "words", True)
     assert all(math.isfinite(x) for name, x in scores.items() if name != "per item")
 
 
@@ -224,7 +226,9 @@ READERS = {
     "npy": Reader([("*.npy", "npy")], features),
     "shards": Reader([("*.safetensors", "safetensors")], features),
     "pickle": Reader([("*.pickle", "bytes")], features),
-    "packed captions": Reader([("captions/*", "npy"), ("captions/*.json", "json")], narration),
+    "packed captions": Reader(
+        [("captions/*", "npy"), ("captions/*.json", "json")], narration, named=False
+    ),
     "pack": Reader([("raw_caption.json", "json"), ("features/*.npy", "npy"), ("*.lst", "text")],
                    pack),
     "vocab.txt": Reader([("vocab.txt", "text")], vocabulary, named=False),
@@ -342,6 +346,7 @@ def write_captions(root: Path) -> None:
     (root / "meteor" / "paraphrases.txt").write_text(table)
     shutil.copyfile(root / "meteor" / "meteor-1.5.jar", root / "meteor gz" / "meteor-1.5.jar")
     (root / "meteor gz" / "paraphrase-en.gz").write_bytes(gzip.compress(table.encode()))
+    shutil.copytree(root / "meteor gz", root / "captions" / "words")
 
 
 # ---- the loop
@@ -391,13 +396,8 @@ def test_damaged_files_are_read_rightly_or_refused_in_one_line(name, world, tmp_
         finally:
             signal.alarm(0)
             if wrong and wrong[-1][0] == n:
-                kept = (
-                    Path(os.environ.get("VLM_FUZZ_KEEP", world))
-                    / "wrong"
-                    / f"{name} {n} {path.name}"
-                )
-                kept.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, kept)
+                KEPT.mkdir(exist_ok=True)
+                shutil.copyfile(path, KEPT / f"{name} {n} {path.name}")
             path.write_bytes(valid)
     signal.signal(signal.SIGALRM, before)
     grown = peak_bytes() - held
