@@ -12,6 +12,7 @@ import io
 import mmap
 import os
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -173,13 +174,47 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Read numpy arrays in plain containers; refuse any other name before it is used."""
+class _Array:
+    """Stand in for an array, or its dtype, while a pickle is read: what it says of itself."""
 
-    KNOWN = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}
+    def __init__(self, *said):
+        self.said = said
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def array(self, video: str) -> np.ndarray:
+        """Build the array (seconds, E): of bytes that are all there, in numbers that we know."""
+        _, shape, dtype, by_column, raw = self.state
+        code, order = dtype.said[0], dtype.state[1] if hasattr(dtype, "state") else "="
+        if code not in ("f2", "f4") or order not in ("<", "=", "|") or not isinstance(shape, tuple):
+            known = isinstance(code, str) and re.fullmatch("[a-zA-Z][0-9]?", code)
+            name = np.dtype(code).name if known else shown(code)
+            raise DataError(f"{video} has dtype {name}, wanted float16 or float32")
+        x = np.ndarray(shape, code, raw, order="F" if by_column else "C")
+        if x.nbytes != len(raw):
+            raise ValueError(f"{len(raw)} bytes for an array {shape}")
+        return x
+
+
+def _from_buffer(raw: bytes, dtype: _Array, shape: tuple, order: str, *_) -> _Array:
+    """Take an array as protocol 5 spells it."""
+    x = _Array()
+    x.state = (1, shape, dtype, order == "F", raw)
+    return x
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Read numpy arrays in plain containers; refuse any other name before it is used.
+
+    Nothing of numpy's is called with what the file says before that is checked. This is pickle's
+    reader in Python: the one in C makes room for four billion objects if a file says so.
+    """
+
+    KNOWN = {("numpy", "dtype"): _Array, ("numpy", "ndarray"): _Array}
     for core in ("core", "_core"):  # numpy 1's name and numpy 2's
-        KNOWN[f"numpy.{core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
-        KNOWN[f"numpy.{core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
+        KNOWN[f"numpy.{core}.multiarray", "_reconstruct"] = _Array
+        KNOWN[f"numpy.{core}.numeric", "_frombuffer"] = _from_buffer
     KNOWN["_codecs", "encode"] = _latin1
 
     def find_class(self, module: str, name: str):
@@ -197,13 +232,15 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             found = ArrayUnpickler(file).load()
+        pairs = found.items() if isinstance(found, dict) else [(None, None)]
+        if not all(isinstance(k, str) and isinstance(x, _Array) for k, x in pairs):
+            pairs = []
+        found = {video: x.array(video) for video, x in pairs}
     except DataError as error:
         raise DataError(f"{path}: refused: {error}") from None
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
-    if not isinstance(found, dict) or not all(isinstance(x, np.ndarray) for x in found.values()):
-        found = {}
-    if not found or not all(isinstance(video, str) for video in found):
+    if not found:
         raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")
     return found
 

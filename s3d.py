@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import tarfile
 import tempfile
@@ -510,7 +509,8 @@ def find_videos(paths: list[str]) -> dict[str, Path]:
             raise ValueError(f"{path}: no such file or folder")
     videos = {}
     for path in files:
-        if re.search(r"^\.|[\x00-\x1f\x7f\\\ud800-\udfff]", path.stem):
+        odd = path.stem.startswith(".") or "\\" in path.stem or path.stem != path.stem.strip()
+        if odd or not path.stem.isprintable():
             raise ValueError(f"{str(path)!r}: {path.stem!r} cannot be a video id: rename the file")
         twin = videos.setdefault(path.stem, path)
         if twin.resolve() != path.resolve():

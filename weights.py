@@ -213,8 +213,11 @@ class Inert:
     __setstate__ = __setitem__ = append = extend = add = ignore
 
 
-class Harmless(pickle.Unpickler):
-    """Read a pickle of tensors and plain containers; every other name in it becomes `Inert`."""
+class Harmless(pickle._Unpickler):
+    """Read a pickle of tensors and plain containers; every other name in it becomes `Inert`.
+
+    It is pickle's reader in Python: the one in C makes room for four billion objects if told to.
+    """
 
     KNOWN = {
         ("collections", "OrderedDict"): collections.OrderedDict,
