@@ -9,6 +9,7 @@
 
 import functools
 import io
+import math
 import mmap
 import os
 import pickle
@@ -131,7 +132,8 @@ class FeatureStore:
         if not np.isfinite(span).all() and not np.isfinite(rows).all():
             second = int(index[~np.isfinite(rows).all(1)][0])
             raise DataError(
-                f"{video}: features hold NaN or infinity at second {second}: extract it again"
+                f"{self.files[self.place[video]]}: {video}: features hold NaN or infinity "
+                f"at second {second}: extract it again"
             )
         return rows
 
@@ -192,13 +194,16 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple):
         _, shape, dtype, by_column, content = state
+        if isinstance(content, list) and len(content) != math.prod(shape):
+            raise ValueError(f"{len(content)} objects for an array {shape}")
         super().__setstate__((1, shape, dtype.real(), bool(by_column), content))
 
 
-class ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle._Unpickler):
     """Read numpy arrays in plain containers; refuse any other name before it is used.
 
-    What the names stand for is made here: methods, which a pickle can call and not change.
+    What the names stand for is made here: methods, which a pickle can call and not change. This is
+    pickle's reader in Python: the one in C makes room for four billion objects if a file says so.
     """
 
     KNOWN = {("numpy", "dtype"): "_dtype", ("_codecs", "encode"): "_encode"}
@@ -227,7 +232,7 @@ class ArrayUnpickler(pickle.Unpickler):
         return np.frombuffer(content, dtype.real()).reshape(shape, order=order)
 
 
-def unpickle(path: Path, reader: type[pickle.Unpickler] = ArrayUnpickler) -> object:
+def unpickle(path: Path, reader: type[pickle._Unpickler] = ArrayUnpickler) -> object:
     """Read a pickle of what `reader` admits; DataError where it is cut or wants something run."""
     try:
         with open(path, "rb") as file:
