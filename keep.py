@@ -190,9 +190,7 @@ def load_checkpoint(path: Path, state: dict, model, optimizer, scaler) -> Progre
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} does not fit the model of config.json beside it: {said}"
-        ) from None
+        raise ValueError(f"{path} does not fit config.json beside it: {said}") from None
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return Progress(state["step"], state["seconds"], state.get("skipped", 0))

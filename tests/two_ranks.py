@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from benchmarks import DataError
-from data import Corpus, open_features
+from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
-from loop import Objective, start_ranks
+from loop import Objective, Steps, start_ranks
 from tasks import DATASETS, open_task
 from train import TrainConfig, agreed, build, pre_train, settle
+from vlm import Batch
 
 
 def pre_training(data: str, loss: str, ranks, batch: int):
@@ -78,17 +79,17 @@ def bad_on_rank_1(data: str, ranks) -> dict:
     found = {"every": said(lambda: ranks.every(fail(1, DataError("b.json: bad"))))}
     found["first"] = said(lambda: ranks.first(fail(0, OSError("disk full"))))
     found["agree"] = said(lambda: ranks.agree({"--seed": 1, "--lr": 1.0 + ranks.rank}))
-    draw = Corpus.step
+    read = Steps.__getitem__
 
-    def step(self, n, *args):
+    def spoil(self, n: int) -> Batch | DataError:
+        batch = read(self, n)
         if ranks.rank == 1 and n == 2:
-            raise DataError("x.npy: bad")
-        batch = draw(self, n, *args)
+            return DataError("x.npy: bad")
         if ranks.rank == 1 and n == 4:
             batch.video = batch.video * math.inf
         return batch
 
-    Corpus.step = step
+    Steps.__getitem__ = spoil
     with tempfile.TemporaryDirectory() as where:
         out = ranks.share(where)
         cfg = TrainConfig(data=data, width=32, layers=1, batch=8, steps=6, out=f"{out}/a")
