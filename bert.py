@@ -8,7 +8,6 @@ Letters: `B` clips, `L` tokens of a sequence, `N` real tokens of a batch, `D` wi
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import DataError, is_words, read_json, shown
+
 # ---------------------------------------------------------------------------------------------
 # Sizes
+
+
+MOST = {"num_hidden_layers": 512, "parameters": 2**32}  # of any other size 2**20, a million
 
 
 @dataclass
@@ -60,11 +64,16 @@ class VLMConfig:
             value, kind = getattr(self, field.name), field.type
             fits = isinstance(value, (int, float) if kind is float else kind)
             if not fits or isinstance(value, bool):
-                raise ValueError(f"config: {field.name} is {value!r}, wanted {kind.__name__}")
+                raise ValueError(f"config: {field.name} is {shown(value)}, wanted {kind.__name__}")
+            most = MOST.get(field.name, 2**20)
+            if kind is int and value > most:
+                raise ValueError(f"config: {field.name} is {shown(value)}, wanted at most {most}")
         positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} is {getattr(self, name)}, wanted at least 1")
+        if self.parameters > MOST["parameters"]:
+            raise ValueError(f"config: {self.parameters:,} weights, wanted at most 4 billion")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config: hidden_size {self.hidden_size} is not divisible by "
@@ -81,15 +90,27 @@ class VLMConfig:
                 raise ValueError(
                     f"config: {name}_token_id is {token}, wanted 0..{self.vocab_size - 1}"
                 )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        shares = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
+        for name in (*shares, "initializer_range"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
         if self.num_labels < 0:
             raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
         if self.labels and len(self.labels) != self.num_labels:
             raise ValueError(f"config: {len(self.labels)} labels, but num_labels {self.num_labels}")
+        said = [x for x in (*self.labels, self.stage, self.task, self.data) if x != ""]
+        if odd := [x for x in said if not is_words(x)]:
+            raise ValueError(f"config: {shown(odd[0])} among labels, stage, task, data: no words")
         if self.type_vocab_size < 2:
             raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
+
+    @property
+    def parameters(self) -> int:
+        """Count the weights, roughly: biases and the classifier left out."""
+        D = self.hidden_size
+        tables = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        layers = self.num_hidden_layers * (4 * D + 2 * self.intermediate_size)
+        return D * (tables + layers + self.video_dim + 2 * D)
 
     @property
     def max_text_len(self) -> int:
@@ -102,19 +123,16 @@ class VLMConfig:
 
         Raises: ValueError for no JSON object, or a BERT of another kind (as relative positions).
         """
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-        if not isinstance(saved, dict):
-            raise ValueError(f"{path}: holds a {type(saved).__name__}, wanted an object of sizes")
+        saved = read_json(path, dict)
         for key, wanted in {"hidden_act": "gelu", "position_embedding_type": "absolute"}.items():
             if saved.get(key, wanted) != wanted:
-                raise ValueError(f"{path}: {key} is {saved[key]!r}; this BERT has {wanted!r} only")
+                seen = shown(saved[key])
+                raise DataError(f"{path}: {key} is {seen}; this BERT has {wanted!r} only")
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**({k: v for k, v in saved.items() if k in known} | changes))
+        try:
+            return cls(**({k: v for k, v in saved.items() if k in known} | changes))
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------

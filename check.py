@@ -21,8 +21,8 @@ from benchmarks import (
     DataError,
     read_coin,
     read_crosstask,
+    read_ids,
     read_msrvtt,
-    read_text,
     read_youcook2,
 )
 from data import Captions, FeatureStore, open_captions, open_features
@@ -130,7 +130,7 @@ def check_narration(
     wanted = {}
     for split in ("train", "val"):
         if (path := data / f"{split}.lst").exists():
-            ids = read_text(path).split()
+            ids = read_ids(path, bad)
             print(f"{split}.lst".ljust(12) + f"{len(ids)} videos")
             for video in ids:
                 if video not in captions.index:

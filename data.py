@@ -29,18 +29,24 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks import (
+    ID_WANTED,
+    LONGEST_VIDEO,
     Bad,
     Clip,
     DataError,
-    is_number,
+    is_id,
+    is_span,
+    is_words,
+    read_ids,
     read_json,
     read_msrvtt,
-    read_text,
+    shown,
     stop,
 )
 from features import FeatureStore, open_features  # noqa: F401 (their usual address)
 from toy import write_toy
 from vlm import Batch, VLMConfig, load_tokenizer, run
+from weights import first_line
 
 # ---------------------------------------------------------------------------------------------
 # Captions: de-duplicated, tokenised once, flat arrays
@@ -106,6 +112,9 @@ class Captions:
         while chunk := list(itertools.islice(videos, 2000)):
             texts = []
             for video, entry in chunk:
+                if not is_id(video):
+                    bad(f"{path}: {shown(video)}, {ID_WANTED}")
+                    continue
                 clean, n = deduplicate(good_captions(path, video, entry, bad))
                 words += n + sum(len(text.split()) for _, _, text in clean)
                 removed += n
@@ -132,35 +141,72 @@ class Captions:
 
     @classmethod
     def open(cls, folder: Path, tokenizer: Tokenizer) -> "Captions":
-        """Memory-map what `save` wrote; DataError if it is cut or of another vocabulary."""
+        """Memory-map what `save` wrote; DataError if it is cut or of another vocabulary.
+
+        Only the small index is read here: what it leads to is looked at when drawn (`check`).
+        """
         about = read_json(folder / "about.json", dict)
         if about.get("tokenizer") != fingerprint(tokenizer):
             raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
+        ids, words, removed = (about.get(key) for key in ("ids", "words", "removed"))
+        known = isinstance(ids, list) and all(map(is_id, ids)) and len(set(ids)) == len(ids)
+        if not known or not isinstance(words, int) or not isinstance(removed, int):
+            raise DataError(f"{folder}: about.json does not list ids, each once: pack again")
         try:
             arrays = {
                 n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False)
                 for n in cls.ARRAYS
             }
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"{folder}: not whole ({error}): pack again") from None
-        return cls(about["ids"], arrays, about["words"], about["removed"])
+            first_caption, start, end, first_token, tokens = arrays.values()
+            kinds = [f"{x.dtype.str[1:]}" for x in arrays.values()]
+        except Exception as error:  # numpy fails in as many ways as a header can be damaged
+            raise DataError(f"{folder}: not whole ({first_line(error)}): pack again") from None
+        fits = all(x.ndim == 1 for x in arrays.values()) and len(first_caption) == len(ids) + 1
+        fits = fits and kinds[:4] == ["i8", "f8", "f8", "i8"] and kinds[4] in ("u2", "i4")
+        fits = fits and all(x.dtype.isnative for x in arrays.values()) and len(first_token) > 0
+        sizes = [(first_caption, len(start)), (first_token, len(tokens))] if fits else []
+        fits = fits and all(x[0] == 0 and x[-1] == n for x, n in sizes)
+        fits = fits and len(start) == len(end) == len(first_token) - 1
+        if not fits or (np.diff(first_caption) < 0).any():
+            raise DataError(f"{folder}: its arrays do not fit each other: pack again")
+        return cls(ids, arrays, words, removed)
+
+    def check(self, lo: np.ndarray, hi: np.ndarray, size: int) -> None:
+        """Look at captions [lo, hi), arrays (B,), each within a video, and at their word pieces.
+
+        Raises: DataError where times or tokens cannot be: outside, backwards, over `size` tokens.
+        """
+        a, b = self.first_token[lo], self.first_token[hi]
+        start, end = self.start[lo], self.end[hi - 1]
+        good = (0 <= a) & (a <= b) & (b <= len(self.tokens)) & (b - a < 1e6)
+        good &= (0 <= start) & (start < LONGEST_VIDEO) & (0 <= end) & (end < LONGEST_VIDEO)
+        if good.all():
+            ids = self.tokens[ranges(a, b - a)]
+            if not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < size:
+                return
+        n = int(lo[~good][0]) if not good.all() else int(lo[0])
+        video = self.ids[int(np.searchsorted(self.first_caption, n, "right")) - 1]
+        raise DataError(f"captions of {video} are damaged, near caption {n}: pack again")
 
 
 def good_captions(path: str | Path, video: str, entry: object, bad: Callable) -> list:
     """Check one video's captions; hand every bad one to `bad`: (start, end, text) of the others."""
+    columns = [entry.get(k) if isinstance(entry, dict) else 0 for k in ("start", "end", "text")]
     try:
-        columns = [entry[key] for key in ("start", "end", "text")]
+        if not all(isinstance(column, list) for column in columns):
+            raise ValueError
         rows = list(zip(*columns, strict=True))
-    except (KeyError, TypeError, ValueError):
+    except ValueError:
         bad(f"{path}: {video}: wanted lists start, end and text of one length")
         return []
     kept = []
     for i, (start, end, text) in enumerate(rows):
         where = f"{path}: {video}, caption {i}"
-        if not is_number(start) or not is_number(end) or not 0 <= start <= end < 1e7:
-            bad(f"{where}: start {start!r}, end {end!r}, wanted seconds with 0 <= start <= end")
-        elif not isinstance(text, str) or not text.strip():
-            bad(f"{where}: text is {text!r}, wanted words")
+        if not is_span(start, end):
+            bad(f"{where}: start {shown(start)}, end {shown(end)}, wanted seconds with "
+                "0 <= start <= end")  # fmt: skip
+        elif not is_words(text):
+            bad(f"{where}: text is {shown(text)}, wanted words")
         else:
             kept.append((float(start), float(end), text))
     return kept
@@ -370,6 +416,7 @@ class Corpus:
         seconds = np.repeat([len(x) for x in opened], times)
         v = np.repeat([cap.index[video] for video in ids], times)
         lo, hi = self.grow(v, seconds, u[:, : 2 + growth])
+        cap.check(lo, hi, c.vocab_size)
 
         # the clip's seconds of video, its first 32, and its first 61 word pieces
         start = np.minimum(np.floor(cap.start[lo]).astype(np.int64), seconds)
@@ -436,7 +483,7 @@ def open_corpus(
     Raises:  DataError for an id without captions, or when no video is left.
     """
     path = Path(data) / f"{split}.lst"
-    listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    listed = read_ids(path, bad)
     count = np.diff(captions.first_caption)
     ids, silent, unseen = [], [], []
     for video in listed:
@@ -523,6 +570,7 @@ def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]
     for video in val.ids[:most]:
         i = cap.index[video]
         k = (cap.first_caption[i] + cap.first_caption[i + 1]) // 2
+        cap.check(np.array([k]), np.array([k + 1]), tokenizer.get_vocab_size())
         text = tokenizer.decode(cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist())
         clips.append(Clip(video, text, float(cap.start[k]), float(cap.end[k])))
     return clips

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from benchmarks import DataError
+from benchmarks import ID_WANTED, DataError, is_id, shown
 from weights import first_line
 
 
@@ -58,6 +58,8 @@ class FeatureStore:
 
     def _index(self, file: Path, ids: Iterable[str]) -> None:
         for video in ids:
+            if not is_id(video):
+                raise DataError(f"{file}: holds features of {shown(video)}, {ID_WANTED}")
             if video in self.place:
                 raise DataError(f"{file}: {video} is also in {self.files[self.place[video]]}")
             self.place[video] = len(self.files)
@@ -67,8 +69,9 @@ class FeatureStore:
         if i not in self.shards:
             try:
                 self.shards[i] = safe_open(file, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"{file}: not a readable safetensors shard ({error})") from None
+            except Exception as error:  # safetensors' own, the system's, numpy's
+                first = first_line(error)
+                raise DataError(f"{file}: not a readable safetensors shard ({first})") from None
         return self.shards[i]
 
     def _peek(self) -> int:
@@ -102,8 +105,8 @@ class FeatureStore:
             try:
                 x = map_array(file)
                 shape, dtype = x.shape, str(x.dtype)
-            except (ValueError, TypeError, OSError, EOFError, AttributeError) as error:
-                raise DataError(f"{file}: not a whole .npy array ({error})") from None
+            except Exception as error:  # numpy fails in as many ways as a header can be damaged
+                raise DataError(f"{file}: not a whole .npy array ({first_line(error)})") from None
         width = getattr(self, "width", shape[1] if len(shape) == 2 else 0)
         if len(shape) != 2 or shape[0] < 1 or shape[1] != width or width < 1:
             raise DataError(
@@ -185,20 +188,26 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.KNOWN[module, name]
 
 
+def unpickle(path: Path, reader: type[pickle.Unpickler] = ArrayUnpickler) -> object:
+    """Read a pickle of what `reader` admits; DataError where it is cut or wants something run."""
+    try:
+        with open(path, "rb") as file:
+            return reader(file).load()
+    except DataError as error:
+        raise DataError(f"{path}: refused: {error}") from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
+
+
 def read_pickle(path: Path) -> dict[str, np.ndarray]:
     """Read {video_id: array (seconds, E)}, nothing in it being run; all of it is held in memory.
 
     Raises: DataError for a file that is cut, holds anything else or wants something run.
     """
-    try:
-        with open(path, "rb") as file:
-            found = ArrayUnpickler(file).load()
-    except DataError as error:
-        raise DataError(f"{path}: refused: {error}") from None
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise DataError(f"{path}: not a whole pickle ({first_line(error)})") from None
-    good = isinstance(found, dict) and found and all(isinstance(k, str) for k in found)
-    if not good or not all(isinstance(x, np.ndarray) for x in found.values()):
+    found = unpickle(path)
+    if not isinstance(found, dict) or not all(isinstance(x, np.ndarray) for x in found.values()):
+        found = {}
+    if not found or not all(isinstance(video, str) for video in found):
         raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")
     return found
 

@@ -34,7 +34,7 @@ from data import encode, generator, open_features, pairs
 from eval import ANSWER, Options, evaluate
 from keep import Log, Progress, Stopped, fingerprint, read_log
 from loop import LoopConfig, Ranks, fit, launch, opt, start_ranks
-from tasks import DATASETS, WINDOW, Item, Task, open_task
+from tasks import DATASETS, WINDOW, Item, Task, joined, open_task
 from train import (
     agreed,
     begin,
@@ -61,13 +61,15 @@ class TuneConfig(LoopConfig):
                               "data", choices=("msrvtt", "youcook2"))  # fmt: skip
     held_out: float = opt(0.1, "share of training videos to choose the best epoch by (0: none)")
     limit: int | None = opt(None, "train on so many items alone, drawn by the seed (default: all)")
+    join_captions: int = opt(1, "MSR-VTT's form: sentences of a clip, one after the other, that "
+                                "make up one training text")  # fmt: skip
     stride: int = opt(16, "segmentation, localization: seconds between windows (paper: 16)")
     train_videos: int = opt(30, "localization: training videos of a task (paper: 30)")
     tokenizer: str = opt("bert", "captioning: how texts become words (paper: bert)",
                          "metrics", choices=("bert", "ptb", "space"))  # fmt: skip
     meteor_data: str | None = opt(None, "captioning: METEOR's word lists", metavar="DIR")
 
-    POSITIVE = ("stride", "train_videos", "limit")
+    POSITIVE = ("stride", "train_videos", "limit", "join_captions")
     WARMUP = 122  # steps (sec. 5.2)
 
     def __post_init__(self):
@@ -104,18 +106,21 @@ LEAST = 300  # steps: a small corpus gets more epochs
 # Batches
 
 
-def draw_items(train: list[list[Item]], step: int, batch: int, parts: int, seed: int) -> list:
+def draw_items(
+    train: list[list[Item]], step: int, batch: int, parts: int, seed: int, join: int = 1
+) -> list:
     """Draw the items of a step for each of `parts` (ranks x micro-batches).
 
     An epoch takes one item of each group, in an order and by a choice that (seed, epoch) decide, in
-    batches as even as can be: every group once, none twice in a batch.
+    batches as even as can be: every group once, none twice in a batch. With `join` above 1 that
+    item's text goes on with the group's next ones, from the last to the first.
     """
     epoch, i = divmod(step, math.ceil(len(train) / batch))
     g = generator(seed, epoch)
     order = torch.randperm(len(train), generator=g).numpy()
     u = torch.rand(len(train), generator=g).tolist()
     mine = np.array_split(order, math.ceil(len(train) / batch))[i]
-    return [[train[k][int(u[k] * len(train[k]))] for k in part]
+    return [[joined(train[k], int(u[k] * len(train[k])), join) for k in part]
             for part in np.array_split(mine, parts)]  # fmt: skip
 
 
@@ -310,7 +315,7 @@ def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
     features = open_features(cfg.data, cfg.features)
     task = open_task(
         cfg.task, cfg.data, features, cfg.dataset, cfg.skip_bad, cfg.held_out, (), cfg.stride,
-        cfg.train_videos, cfg.seed,
+        cfg.train_videos, cfg.seed, cfg.join_captions,
     )  # fmt: skip
     ranks.say("\n".join(task.said))
     if cfg.limit and cfg.limit < len(task.train):
@@ -349,7 +354,7 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
 
     def draw(step: int, micro: int) -> Batch:
         parts = ranks.world * cfg.accumulate
-        items = draw_items(task.train, step, cfg.batch, parts, cfg.seed)
+        items = draw_items(task.train, step, cfg.batch, parts, cfg.seed, cfg.join_captions)
         return collate(task, items[ranks.rank * cfg.accumulate + micro], tokenizer, model.config)
 
     def save() -> None:  # beside trainer.pt; the best epoch's weights stay

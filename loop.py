@@ -20,7 +20,7 @@ import resource
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,6 +81,9 @@ class LoopConfig:
     lr: float | None = opt(
         None, "peak rate (default: the paper's 5e-5, narrower models more, 1e-3 at width 128)"
     )
+    mlp_lr: float | None = opt(
+        None, "peak rate of the video MLP, which starts new beside --bert (default: that of --lr)"
+    )
     warmup: int | None = opt(
         None, "warm-up steps (default: a tenth of all, at most the paper's 1000, tuning 122)"
     )
@@ -98,7 +102,7 @@ class LoopConfig:
 
     def __post_init__(self):
         positive = ("steps", "epochs", "batch", "accumulate", "save_every", "log_every",
-                    "decay_steps", "lr", "clip")  # fmt: skip
+                    "decay_steps", "lr", "mlp_lr", "clip")  # fmt: skip
         for name in (*positive, *self.POSITIVE):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -334,17 +338,20 @@ def launch(main: Callable, Config: type, description: str, argv: list[str] | Non
 # The loop, and what it needs
 
 
-def learning_rate(step: int, cfg: LoopConfig) -> float:
+def learning_rate(step: int, cfg: LoopConfig, peak: float | None = None) -> float:
     """Return a step's rate: linear warm-up, then polynomial decay of degree 1 to 0 (sec. 5.2).
+
+    Args: peak: the rate to warm up to (default: cfg.lr).
 
     >>> cfg = LoopConfig(steps=100, lr=1.0, warmup=10)
     >>> [learning_rate(step, cfg) for step in (0, 9, 55, 100)]
     [0.1, 1.0, 0.5, 0.0]
     """
+    peak = cfg.lr if peak is None else peak
     if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
+        return peak * (step + 1) / cfg.warmup
     end = cfg.decay_steps or cfg.steps
-    return cfg.lr * max(0.0, (end - step) / max(1, end - cfg.warmup))
+    return peak * max(0.0, (end - step) / max(1, end - cfg.warmup))
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -356,7 +363,38 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
             return torch.bfloat16, "bf16, which this GPU has"
         return torch.float16, "fp16, for this GPU has no bf16"
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return named[name], f"{name}, as asked"
+    why = f"{name}, as asked"
+    on_cpu = device.type == "cpu" and name != "fp32"
+    if on_cpu and (times := half_costs(named[name])) > 2:
+        why += f" (this processor multiplies fp32 {times:.0f} times faster: leave out --precision)"
+    return named[name], why
+
+
+def half_costs(dtype: torch.dtype) -> float:
+    """Measure a matrix product's seconds in dtype over its seconds in fp32, on the CPU."""
+
+    def seconds(x: Tensor) -> float:
+        times = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - begun)
+        return min(times)  # the first one may set things up, others may be interrupted
+
+    x = torch.ones(256, 256)
+    return seconds(x.to(dtype)) / seconds(x)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute in dtype what may be: matrix products, not sums. In fp32 nothing changes."""
+    half = dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, dtype, enabled=half))
+        if half and device.type == "cpu":
+            # there PyTorch's fused attention takes 2-4 times the plain one's time in backward
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 class Steps(Dataset):
@@ -421,8 +459,11 @@ def fit(
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16
-    optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    mlp = [p for p in model.videomlp.parameters() if p.requires_grad]
+    others = [p for p in params if all(p is not q for q in mlp)]
+    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
+    groups, peaks = [{"params": others}, {"params": mlp}], (cfg.lr, cfg.mlp_lr)
+    optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
     facts = facts | {"parameters": sum(p.numel() for p in params)}
     path, reached = out / "trainer.pt", Progress()
@@ -431,7 +472,12 @@ def fit(
         reached = load_checkpoint(path, state, model, optimizer, scaler)
     start, before = reached.step, reached.seconds
     ranks.agree(facts | {"its checkpoint at step": start})
-    facts |= {"torch": str(torch.__version__), "ranks": world, "device": device.type, "dtype": why}
+    facts |= {
+        "torch": str(torch.__version__),
+        "ranks": world,
+        "device": device.type,
+        "precision": str(dtype),
+    }
     if path.exists():
         ranks.say("\n".join([*differences(state, facts), f"resumed at step {start}"]))
     if cfg.compile:
@@ -463,8 +509,8 @@ def fit(
     loader = iter(DataLoader(steps, None, num_workers=cfg.workers, worker_init_fn=stay))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, cfg, peak)
         torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 
         # ---- the step's batches and, over all ranks and micro-batches, how much they predict
@@ -476,7 +522,7 @@ def fit(
             batch = batch.to(device)
             wait = world > 1 and i < cfg.accumulate - 1
             with objective.no_sync() if wait else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with autocast(device, dtype):
                     sums = objective(batch)
                 # DDP averages gradients over ranks; the loss divides by the whole step's counts
                 value = sums.value(video_count, text_count) * world
@@ -498,9 +544,9 @@ def fit(
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if bad_in_a_row == 10:
-            why = unread or "their loss or gradient was not finite"
+            cause = unread or "their loss or gradient was not finite"
             raise ValueError(
-                f"ten steps in a row were skipped, the last one step {step + 1}: {why}; "
+                f"ten steps in a row were skipped, the last one step {step + 1}: {cause}; "
                 f"the last good checkpoint is {last_checkpoint(out)}"
             )
 

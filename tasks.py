@@ -10,6 +10,7 @@ What an item needs and does not have is left out, counted and said. Letters as i
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
 def open_task(
     name: str, data: str | Path, features: FeatureStore, dataset: str | None = None,
     skip_bad: bool = False, held_out: float = 0.0, labels: list[str] = (), stride: int = 16,
-    train_videos: int = 30, seed: int = 0,
+    train_videos: int = 30, seed: int = 0, join: int = 1,
 ) -> Task:  # fmt: skip
     """Read one task's files.
 
@@ -103,7 +104,8 @@ def open_task(
              skip_bad: count bad rows and go on. held_out: share of the training videos that
              becomes `val`, chosen by seed. labels: a run's label ids, which are then the classes.
              stride: seconds from one training window to the next. train_videos: localization's
-             training videos of a task (sec. 5.4: 540 of 18 tasks).
+             training videos of a task (sec. 5.4: 540 of 18 tasks). join: sentences that make up
+             one text of a held-out MSR-VTT clip, as in training (finetune.py).
     Raises:  DataError for a missing folder or file, a bad row, or when no test item is left.
     """
     data = Path(data)
@@ -119,7 +121,7 @@ def open_task(
         _localization(task, read_crosstask(folder, bad), held_out, stride, train_videos, rng)
     else:
         read = read_msrvtt if dataset == "msrvtt" else read_youcook2
-        _pairs(task, read(folder, bad), held_out, rng)
+        _pairs(task, read(folder, bad), held_out, rng, join)
     if isinstance(bad, Bad) and bad.messages:
         task.said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     if not task.test:
@@ -157,7 +159,23 @@ def hold_out(keys: list, share: float, rng: np.random.Generator) -> tuple[list, 
 # Clips with sentences: retrieval, question answering, captioning
 
 
-def _pairs(task: Task, found: dict, held_out: float, rng: np.random.Generator) -> None:
+def joined(items: list[Item], first: int, n: int) -> Item:
+    """Make one item of n items of a clip (all, if there are fewer), from `first` on and round.
+
+    Their sentences are joined in the file's order.
+
+    >>> items = [Item(Clip("v", text)) for text in ("a.", "b.", "c.")]
+    >>> joined(items, 2, 2).clip.text
+    'a. c.'
+    """
+    if n == 1:
+        return items[first]
+    chosen = sorted({(first + i) % len(items) for i in range(n)})
+    text = " ".join(items[i].clip.text for i in chosen)
+    return replace(items[first], clip=replace(items[first].clip, text=text))
+
+
+def _pairs(task: Task, found: dict, held_out: float, rng: np.random.Generator, join: int) -> None:
     """Fill a task of clips and sentences from MSR-VTT or YouCook2."""
     youcook = task.dataset == "youcook2"
     train = usable(task, "training clips", found["training" if youcook else "train"])
@@ -172,7 +190,7 @@ def _pairs(task: Task, found: dict, held_out: float, rng: np.random.Generator) -
         texts = tuple(c.text for c in videos[video])
         task.val += (
             [Item(c, (c.text,)) for c in videos[video]] if youcook
-            else [Item(videos[video][0], texts)]
+            else [joined([Item(c, texts) for c in videos[video]], 0, join)]
         )  # fmt: skip
     if task.name == "qa":
         task.val = [_question(task.val, i, rng) for i in range(len(task.val))]
@@ -236,7 +254,8 @@ def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride
     """Fill action segmentation from COIN's segments (sec. 4.2)."""
     if not labels:  # class 0 is the background; COIN's ids in numeric order, its own strings
         ids = {c.key or c.text for clips in found["training"].values() for c in clips}
-        labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if k.isdigit() else (1, 0, k))]
+        number = re.compile("[0-9]{1,18}").fullmatch
+        labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if number(k) else (1, 0, k))]
     index = {label: i for i, label in enumerate(labels)}
     words = {c.key or c.text: c.text for split in found.values() for v in split.values() for c in v}
     task.labels = labels

@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import DataError
 from bert import Bert, Layer, VLMConfig, pad
 from weights import (
     LoadReport,
@@ -615,15 +616,23 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     """
     path = Path(path)
     if not (path / "config.json").exists():
-        raise ValueError(f"{path}: no run here (config.json is missing): train one with train.py")
-    model = VLM(VLMConfig.from_json(path / "config.json"))
-    tensors, ours = read_tensors(path / "model.safetensors"), model.state_dict()
+        raise DataError(f"{path}: no run here (config.json is missing): train one with train.py")
+    config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
+    tensors = read_tensors(weights)
+    with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold
+        ours = VLM(config).state_dict()
     odd = [k for k in sorted({*tensors, *ours}) if k not in tensors or k not in ours]
     odd += [k for k in ours if k in tensors and tensors[k].shape != ours[k].shape]
     if odd:
-        raise ValueError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
+        raise DataError(f"{path}: {len(odd)} tensors do not fit config.json, first {odd[0]}")
+    if odd := [k for k, x in tensors.items() if not x.isfinite().all()]:
+        raise DataError(f"{weights}: {odd[0]} holds NaN or infinity")
+    tokenizer, model = load_tokenizer(path), VLM(config)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise DataError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} word pieces, "
+                        f"config.json {config.vocab_size}")  # fmt: skip
     model.load_state_dict(tensors)
-    return model.to(device).eval(), load_tokenizer(path)
+    return model.to(device).eval(), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -643,17 +652,17 @@ def draw_mask(kind: str, V: int, T: int) -> str:
     return "\n".join([f"{kind:>12}", *lines])
 
 
-def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
+def convert(checkpoint: Path, out: Path, bert: str | None, heads: int | None) -> None:
     """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor.
 
     Raises: ValueError when `out` is not empty or vocabulary and checkpoint are not a pair.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty: choose another")
-    tokenizer = load_tokenizer(bert)
+    tokenizer = load_tokenizer(bert) if bert else None
     model = VLM(VLMConfig(**mmpt_config(checkpoint, heads)))
     c = model.config
-    if tokenizer.get_vocab_size() != c.vocab_size:
+    if tokenizer and tokenizer.get_vocab_size() != c.vocab_size:
         raise ValueError(
             f"{bert} has {tokenizer.get_vocab_size()} word pieces, the checkpoint {c.vocab_size}: "
             "they are not a pair"
@@ -661,6 +670,8 @@ def convert(checkpoint: Path, out: Path, bert: str, heads: int | None) -> None:
     load_mmpt(model, checkpoint)
     save_run(out, model, tokenizer)
     print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
+    if not tokenizer:
+        print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -681,8 +692,9 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     a.add_argument("checkpoint", type=Path, help="checkpoint_best.pt, as released")
     a.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new run directory")
-    a.add_argument("--bert", required=True, metavar="DIR", help="folder or file of the vocabulary, "
-                   "vocab.txt or tokenizer.json: bert-base-uncased's")  # fmt: skip
+    how = "folder or file of its vocabulary, vocab.txt or tokenizer.json: bert-base-uncased's "
+    how += "(default: none, and one is to be copied into RUN)"
+    a.add_argument("--bert", metavar="DIR", help=how)
     a.add_argument("--heads", type=int, metavar="N", help="attention heads (default: width / 64)")
     args = parser.parse_args(argv)
     if args.command == "convert":

@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
+from benchmarks import DataError, read_text
+
 # ---------------------------------------------------------------------------------------------
 # Files of tensors
 
@@ -56,20 +58,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
-        raise ValueError(f"{path}: not a plain file of tensors ({first_line(error)})") from None
-    good = isinstance(tensors, dict) and all(
-        isinstance(k, str) and isinstance(x, Tensor) for k, x in tensors.items()
-    )
-    if not good:
-        raise ValueError(f"{path}: wanted a dict of tensors by name")
-    return tensors
+        raise DataError(f"{path}: not a plain file of tensors ({first_line(error)})") from None
+    return plain_tensors(path, tensors)
 
 
-def first_line(error: Exception) -> str:
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
+DTYPES += (torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def plain_tensors(path: Path, found: object) -> dict[str, Tensor]:
+    """Give back what is a dict of tensors by name that stand in the file, number by number.
+
+    Raises: DataError for anything else, such as a view of one number as a matrix of a billion.
+    """
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path}: wanted a dict of tensors by name")
+    size = 0
+    for name, x in found.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            raise DataError(f"{path}: {str(name)[:80]} is no tensor; wanted tensors by name")
+        if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type != "cpu":
+            raise DataError(f"{path}: {name} is {x.dtype}, {x.layout}; wanted plain numbers")
+        size += x.numel() * x.element_size()
+    if size > 4 * path.stat().st_size:  # twice would do for weights that are tied
+        raise DataError(f"{path}: its tensors are {size:,} bytes, the file is much smaller")
+    return found
+
+
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or what kind it is where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -82,7 +102,7 @@ def weights_file(path: str | Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).exists():
             return path / name
-    raise ValueError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
+    raise DataError(f"{path}: holds neither model.safetensors nor pytorch_model.bin")
 
 
 def load_bert(model: nn.Module, path: str | Path, say: Callable = print) -> LoadReport:
@@ -121,7 +141,7 @@ def fill(
     state, renamed = model.state_dict(), {}
     for name, tensor in found.items():
         if (key := ours(name)) in renamed:
-            raise ValueError(f"{file}: {name} and {renamed[key][0]} are the same tensor twice")
+            raise DataError(f"{file}: {name} and {renamed[key][0]} are the same tensor twice")
         renamed[key] = (name, tensor)
     # The decoder repeats tensors of other names: where equal, it is loaded with those.
     words, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
@@ -132,12 +152,12 @@ def fill(
     for key, (name, tensor) in renamed.items():
         if key in state and key.startswith(take):
             if tensor.shape != state[key].shape:
-                raise ValueError(
+                raise DataError(
                     f"{file}: {name} is {tuple(tensor.shape)}, this model wants "
                     f"{tuple(state[key].shape)}: build it from the config.json beside the weights"
                 )
             if not tensor.isfinite().all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity")
+                raise DataError(f"{file}: {name} holds NaN or infinity")
             fits[key] = tensor
             loaded.append(name)
         elif tied.get(key) in renamed and torch.equal(tensor, renamed[tied[key]][1]):
@@ -146,7 +166,7 @@ def fill(
             unused.append(name)
     missing = [k for k in state if k.startswith(need) and k not in fits]
     if missing:
-        raise ValueError(f"{file}: {len(missing)} encoder tensors are missing, first {missing[0]}")
+        raise DataError(f"{file}: {len(missing)} encoder tensors are missing, first {missing[0]}")
     model.load_state_dict(fits, strict=False)  # strict above: every name is accounted for
     new = [k for k, _ in model.named_parameters() if k not in fits]
     return LoadReport(loaded, new, unused, len(found))
@@ -217,18 +237,14 @@ def read_mmpt(path: str | Path) -> dict[str, Tensor]:
         # not torch's own unpickler, which would run the file, but Harmless: see _Pickle
         found = torch.load(path, map_location="cpu", pickle_module=_Pickle, weights_only=False)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
+        raise DataError(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path}: wanted a dict of tensors, alone or under 'model'")
-    odd = [k for k, x in found.items() if not isinstance(k, str) or not isinstance(x, Tensor)]
-    if odd:
-        raise ValueError(f"{path}: {str(odd[0])[:80]} is no tensor; wanted tensors by name")
+    found = plain_tensors(path, found)
     return {k: x.float() if x.is_floating_point() else x for k, x in found.items()}
 
 
@@ -263,7 +279,7 @@ def mmpt_config(path: str | Path, heads: int | None = None) -> dict:
     inner, mlp = "bert.encoder.layer.0.intermediate.dense.weight", "videomlp.linear1.weight"
     for name in (*map(table.format, ("word", "position", "token_type")), inner, mlp):
         if len(shapes.get(name, ())) != 2:
-            raise ValueError(f"{path}: {name} is missing: not a checkpoint of VLM")
+            raise DataError(f"{path}: {name} is missing: not a checkpoint of VLM")
     layers = {k.split(".")[3] for k in shapes if k.startswith("bert.encoder.layer.")}
     W, D = shapes[table.format("word")]
     K = shapes.get("classifier.weight", (0,))[0]
@@ -287,10 +303,11 @@ def mmpt_config(path: str | Path, heads: int | None = None) -> dict:
 # Run directories
 
 
-def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer | None) -> None:
     """Write a run directory that Hugging Face's BERT classes read too.
 
-    Leaves model.safetensors, config.json and tokenizer.json, each moved into place when whole.
+    Leaves model.safetensors, config.json and, unless it is None, tokenizer.json, each moved into
+    place when whole.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -301,7 +318,8 @@ def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer) -> None:
         path / "model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"})
     )
     write_aside(path / "config.json", lambda f: f.write_text(json.dumps(config, indent=1) + "\n"))
-    write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
+    if tokenizer is not None:
+        write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
@@ -329,6 +347,9 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         ) from None
 
 
+PROBE = "a \u8336 \u0418zq##'\U0001f35c"  # nobody's word: a vocabulary without [UNK] fails on it
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json or an uncased vocab.txt, or a folder that holds one.
 
@@ -339,15 +360,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((f for f in names if f.is_file()), None)
     if file is None:
-        raise ValueError(f"{path}: wanted tokenizer.json or vocab.txt, found neither")
+        raise DataError(f"{path}: wanted tokenizer.json or vocab.txt, found neither")
+    text = read_text(file)
     try:
         if file.suffix == ".txt":
             tokenizer = BertWordPieceTokenizer(str(file), lowercase=True)._tokenizer
         else:
-            tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust reader raises a bare Exception
-        raise ValueError(f"{file}: not a BERT tokenizer ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
+            tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        tokenizer.encode_batch([PROBE, "x" * 300, ""], add_special_tokens=False)
+        ids = sorted(tokenizer.get_vocab().values())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Rust raises a bare Exception, or panics, which is not even one
+        raise DataError(f"{file}: not a BERT tokenizer ({first_line(error)})") from None
+    if ids != list(range(len(ids))):
+        raise DataError(f"{file}: its {len(ids)} word pieces are not numbered 0..{len(ids) - 1}")
     return tokenizer

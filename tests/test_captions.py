@@ -28,8 +28,6 @@ from captions import (
     caption_scores,
     cider_d,
     common_words,
-    ptb_lex,
-    ptb_tokenize,
     rouge_l,
 )
 from meteor import (
@@ -44,6 +42,7 @@ from meteor import (
     statistics,
     stem,
 )
+from ptb import ptb_lex, ptb_tokenize
 
 WORDS = "a the man stirs stir rice in bowl , . chops chop quickly pan".split()
 

@@ -153,6 +153,26 @@ def test_an_epoch_draws_every_group_once_whoever_computes(n, batch, parts):
     assert {i for _, i in other} <= {0, 1, 2}
 
 
+def test_joined_captions_are_a_clips_own_in_the_files_order(small_toy):
+    """No other clip's sentence, none twice, never more than there are; held-out texts alike."""
+    features = open_features(small_toy)
+    plain, task = (open_task("retrieval", small_toy, features, "msrvtt", held_out=0.2, join=n)
+                   for n in (1, 2))  # fmt: skip
+    own = {g[0].clip.video: [item.clip.text for item in g] for g in task.train}
+    assert max(map(len, own.values())) > 2
+    for join in (2, 99):
+        (drawn,) = draw_items(task.train, 0, len(task.train), 1, 0, join)
+        for item in drawn:
+            said = own[item.clip.video]
+            pairs = [f"{a} {b}" for a, b in zip(said, said[1:] + said[:1], strict=True)]
+            pairs[-1] = " ".join([said[0], said[-1]]) if len(said) > 1 else said[0]
+            assert item.clip.text in (pairs if join == 2 else [" ".join(said)])
+    assert len({item.clip.text for item in drawn}) == len(own)
+    for one, both in zip(plain.val, task.val, strict=True):
+        assert one.clip.text == one.texts[0] and both.clip.text == " ".join(both.texts[:2])
+    assert [x.clip for x in plain.test] == [x.clip for x in task.test]
+
+
 @pytest.mark.parametrize("task", list(DATASETS))
 def test_every_task_runs_from_end_to_end(small_toy, pre_trained, tmp_path, capsys, task):
     """A run directory that opens, a best epoch that is the log's best, the table of eval.py."""
@@ -264,6 +284,25 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     assert all(torch.equal(left[0][k], left[1][k]) for k in left[0])
 
 
+# ---- the video MLP's own rate
+
+
+def test_the_video_mlp_alone_takes_mlp_lr_and_keeps_it_after_resuming(
+    small_toy, pre_trained, tmp_path
+):
+    """Adam's first step moves a weight by its rate: 1e-2 in the MLP, 1e-6 elsewhere."""
+    settings = dict(epochs=1, batch=60, lr=1e-6, mlp_lr=1e-2, warmup=0, held_out=0.0)
+    run = config(small_toy, pre_trained, tmp_path / "a", "qa", **settings)
+    main(run)
+    before, after = (load_run(p)[0].state_dict() for p in (pre_trained, tmp_path / "a"))
+    moved = {k: float((after[k] - before[k]).abs().max()) for k in after}
+    assert {k for k, x in moved.items() if x > 1e-4} == {k for k in moved if "videomlp" in k}
+    rows = {"out": str(tmp_path / "a"), "resume": True, "steps": 3, "mlp_lr": 5e-3}
+    main(TuneConfig(task="qa", **rows), set(rows))
+    groups = torch.load(tmp_path / "a" / "trainer.pt", weights_only=True)["optimizer"]
+    assert [g["lr"] for g in groups["param_groups"]] == pytest.approx([1e-6 / 3, 5e-3 / 3])
+
+
 # ---- where it starts
 
 
@@ -298,6 +337,8 @@ BAD = {
     "qa --init {run} --data {toy} --held-out 1": r"error: --held-out is 1.0, wanted 0 or more",
     "segmentation --init {run} --data {toy} --stride 40": r"error: --stride is 40, wanted at most",
     "segmentation --init {run} --data {toy} --stride 0": r"error: --stride is 0, wanted more than",
+    "qa --init {run} --data {toy} --mlp-lr 0": r"error: --mlp-lr is 0.0, wanted more than 0",
+    "qa --init {run} --data {toy} --join-captions 0": r"error: --join-captions is 0, wanted more",
     "qa --init {run} --data nowhere": r"error: nowhere: no features/ folder",
     "qa --init nowhere --data {toy}": r"error: nowhere: no run here",
     "captioning --data {toy} --resume --out {run}": "error: .* is a pre-training run",

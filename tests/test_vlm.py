@@ -911,9 +911,9 @@ def test_config_json_keeps_known_keys_and_refuses_what_this_bert_cannot_do(tmp_p
         '{"hidden_act": "gelu_new"}': "hidden_act is 'gelu_new'",
         '{"position_embedding_type": "relative_key"}': "'absolute' only",
         '{"hidden_size": "768"}': "hidden_size is '768', wanted int",
-        '{"hidden_size": ': "config.json: not a JSON file",
+        '{"hidden_size": ': "config.json: not JSON",
         "[1, 2]": "holds a list, wanted an object",
-        "[" * 10**5: "not a JSON file",
+        "[" * 10**5: "not JSON",
     }.items():
         with pytest.raises(ValueError, match=message):
             read(text)
