@@ -79,7 +79,7 @@ class Stop:
             self.at_once = False
 
 
-def stay(_: int) -> None:
+def ignore_signals(_: int = 0) -> None:
     """Let a loader process leave signals to its parent, which still wants the step's batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
