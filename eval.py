@@ -15,10 +15,11 @@ or lie in -1..1. Letters as in vlm.py, and N items, K candidates or labels.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from torch import Tensor
 import captions
 import pictures
 import search
-from benchmarks import Clip
+from benchmarks import Clip, DataError
 from captions import caption_scores
 from data import Corpus, FeatureStore, pairs
 from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces
 from tasks import DATASETS, Item, Task, open_task
-from vlm import VLM, load_run, nce, run
+from vlm import VLM, Batch, load_run, nce, run
 
 # ---------------------------------------------------------------------------------------------
 # Retrieval metrics (Tables 2 and 3)
@@ -525,7 +526,7 @@ def validate(
     sums = torch.zeros(4 + len(scales), dtype=torch.float64, device=device)
     words = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=device)
     for step in range(batches):
-        b = corpus.step(step, batch, ranks.rank, ranks.world).to(device)
+        b = ranks.every(lambda n=step: corpus.step(n, batch, ranks.rank, ranks.world)).to(device)
         part = model.pretrain_loss(b, loss, ranks.gather)
         words += torch.bincount(b.text_target[b.text_hidden], minlength=len(words))
         own, hidden = model.videomlp(b.video[b.video_valid]), b.video_hidden[b.video_valid]
@@ -550,14 +551,27 @@ def validate(
     }
 
 
+def draws(corpus: Corpus, clips: int, skip_bad: bool) -> Iterator[Batch]:
+    """Draw batches of 64 clips; where one cannot be read and skip_bad allows it, the others."""
+    for step in range(clips // 64):
+        try:
+            yield corpus.step(step, 64)
+        except DataError:
+            if not skip_bad:
+                raise
+            for n in range(64 * step, 64 * step + 64):
+                with contextlib.suppress(DataError):
+                    yield corpus.step(n, 1)
+
+
 @torch.no_grad()
-def set_means(model: VLM, corpus: Corpus, clips: int = 2048) -> None:
+def set_means(model: VLM, corpus: Corpus, clips: int = 2048, skip_bad: bool = False) -> None:
     """Fill the means of embed_video and embed_text over training clips, for the centred cosine."""
     model.eval()
     corpus, device = dataclasses.replace(corpus, mmm=0.0), model.video_mean.device
     text, video = [], []
-    for step in range(clips // 64):
-        batch = corpus.step(step, 64).to(device)
+    for batch in draws(corpus, clips, skip_bad):
+        batch = batch.to(device)
         text.append(model.embed_text(batch.text_target, batch.text_valid))
         video.append(model.embed_video(batch.video, batch.video_valid))
     model.text_mean.copy_(torch.cat(text).mean(0))

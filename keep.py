@@ -79,7 +79,7 @@ class Stop:
             self.at_once = False
 
 
-def stay(_: int) -> None:
+def ignore_signals(_: int = 0) -> None:
     """Let a loader process leave signals to its parent, which still wants the step's batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -187,15 +187,25 @@ def load_checkpoint(path: Path, state: dict, model, optimizer, scaler) -> Progre
     """Fill model, optimizer and scaler from what `read_checkpoint` read; ValueError if unlike."""
     try:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(in_groups(state["optimizer"], optimizer, model))
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} does not fit the model of config.json beside it: {said}"
-        ) from None
+        raise ValueError(f"{path} does not fit config.json beside it: {said}") from None
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     return Progress(state["step"], state["seconds"], state.get("skipped", 0))
+
+
+def in_groups(saved: dict, optimizer, model) -> dict:
+    """Sort an older run's state, of one group of all parameters, into the optimizer's groups."""
+    groups = optimizer.state_dict()["param_groups"]
+    if len(saved["param_groups"]) == len(groups):
+        return saved
+    was = {p: i for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
+    order = [was[p] for group in optimizer.param_groups for p in group["params"]]
+    state = {n: saved["state"][i] for n, i in enumerate(order) if i in saved["state"]}
+    (one,) = saved["param_groups"]
+    return {"state": state, "param_groups": [one | {"params": g["params"]} for g in groups]}
 
 
 def differences(state: dict, facts: dict) -> list[str]:

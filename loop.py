@@ -39,11 +39,11 @@ from keep import (
     Stop,
     Stopped,
     differences,
+    ignore_signals,
     last_checkpoint,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
-    stay,
 )
 from vlm import VLM, Batch, LossSums
 from weights import first_line
@@ -176,12 +176,12 @@ class Ranks:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self.stop.unwatch()
         if self.lock:
             self.lock.close()
         if kind is None and dist.is_initialized():
             gc.collect()  # what still holds the group would end it too late, and abort the process
             dist.destroy_process_group()
+        self.stop.unwatch()
 
     def sum(self, x: Tensor) -> Tensor:
         """Add x, of any shape, up over all ranks, in place."""
@@ -317,6 +317,7 @@ def launch(main: Callable, Config: type, description: str, argv: list[str] | Non
     """Run train.py's or finetune.py's main on a command line: the exit code of this rank."""
     try:
         main(*parse(Config, argv, description))
+        ignore_signals()  # all is saved: a second one on the way out must not look like a failure
         return 0
     except KeyboardInterrupt:
         print("error: ended at once; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -474,7 +475,12 @@ def fit(
         reached = load_checkpoint(path, state, model, optimizer, scaler)
     start, before = reached.step, reached.seconds
     ranks.agree(facts | {"its checkpoint at step": start})
-    facts |= {"torch": str(torch.__version__), "ranks": world, "device": device.type, "dtype": why}
+    facts |= {
+        "torch": str(torch.__version__),
+        "ranks": world,
+        "device": device.type,
+        "precision": str(dtype),
+    }
     if path.exists():
         ranks.say("\n".join([*differences(state, facts), f"resumed at step {start}"]))
     if cfg.compile:
@@ -503,7 +509,7 @@ def fit(
 
     if not path.exists():  # a disk that cannot take it says so now, and --resume always can
         ranks.first(keep)
-    loader = iter(DataLoader(steps, None, num_workers=cfg.workers, worker_init_fn=stay))
+    loader = iter(DataLoader(steps, None, num_workers=cfg.workers, worker_init_fn=ignore_signals))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -541,9 +547,9 @@ def fit(
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if bad_in_a_row == 10:
-            why = unread or "their loss or gradient was not finite"
+            cause = unread or "their loss or gradient was not finite"
             raise ValueError(
-                f"ten steps in a row were skipped, the last one step {step + 1}: {why}; "
+                f"ten steps in a row were skipped, the last one step {step + 1}: {cause}; "
                 f"the last good checkpoint is {last_checkpoint(out)}"
             )
 

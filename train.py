@@ -321,7 +321,7 @@ def stopped(reached: Progress, ranks: Ranks, command: str) -> dict:
 
 def finish(cfg, ranks, model: VLM, tokenizer, data: Data, out: Path, reached: Progress) -> dict:
     """Evaluate the model, save it with its means, log the summary; Stopped if a signal comes."""
-    set_means(model, data.train)
+    set_means(model, data.train, skip_bad=cfg.skip_bad)
     summary = {"final": True, "steps": cfg.steps, "loss": None, "chance": None}
     if data.val:
         titles = {

@@ -1,15 +1,24 @@
-"""Run under torchrun by the tests: one step's gradients over ranks, left by rank 0."""
+"""Run under torchrun by the tests: one step's gradients, or what a bad rank does to the other."""
 
+import dataclasses
+import json
+import math
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import train
+from benchmarks import DataError
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
-from loop import Objective, start_ranks
+from loop import Objective, Steps, start_ranks
 from tasks import DATASETS, open_task
-from train import TrainConfig, build, settle
+from train import TrainConfig, agreed, build, pre_train, settle
+from vlm import Batch
 
 
 def pre_training(data: str, loss: str, ranks, batch: int):
@@ -48,8 +57,65 @@ def gradients(data: str, what: str, ranks, batch: int = 12) -> tuple[dict, float
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, float(total)
 
 
+def said(do) -> str:
+    """Return the text of the error that `do` meets."""
+    try:
+        do()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return "nothing"
+
+
+def bad_on_rank_1(data: str, ranks) -> dict:
+    """Let rank 1 alone meet each kind of trouble; return what both say and have."""
+
+    def fail(rank: int, error: Exception) -> Callable:
+        def do():
+            if ranks.rank == rank:
+                raise error
+
+        return do
+
+    found = {"every": said(lambda: ranks.every(fail(1, DataError("b.json: bad"))))}
+    found["first"] = said(lambda: ranks.first(fail(0, OSError("disk full"))))
+    found["agree"] = said(lambda: ranks.agree({"--seed": 1, "--lr": 1.0 + ranks.rank}))
+    read = Steps.__getitem__
+
+    def spoil(self, n: int) -> Batch | DataError:
+        batch = read(self, n)
+        if ranks.rank == 1 and n == 2:
+            return DataError("x.npy: bad")
+        if ranks.rank == 1 and n == 4:
+            batch.video = batch.video * math.inf
+        return batch
+
+    Steps.__getitem__ = spoil
+    with tempfile.TemporaryDirectory() as where:
+        out = ranks.share(where)
+        cfg = TrainConfig(data=data, width=32, layers=1, batch=8, steps=6, out=f"{out}/a")
+        found["unread"] = said(lambda: pre_train(agreed(cfg, set(), ranks), ranks))
+        cfg = dataclasses.replace(cfg, skip_bad=True, out=f"{out}/b")
+        make, models = train.make_model, []
+
+        def spy(*args):
+            models.append(make(*args))
+            return models[-1]
+
+        train.make_model = spy
+        found["skipped"] = pre_train(agreed(cfg, set(), ranks), ranks)["skipped"]
+        found["weights"] = float(sum(p.double().sum() for p in models[0][0].parameters()))
+        ranks.wait()
+    return found
+
+
 if __name__ == "__main__":
     with start_ranks() as ranks:
-        grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
-        if ranks.rank == 0:
-            torch.save({"grads": grads, "loss": total}, sys.argv[3])
+        if sys.argv[2] == "safety":
+            found = ranks.all(bad_on_rank_1(sys.argv[1], ranks))
+            if ranks.rank == 0:
+                both = {name: [each[name] for each in found] for name in found[0]}
+                Path(sys.argv[3]).write_text(json.dumps(both))
+        else:
+            grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
+            if ranks.rank == 0:
+                torch.save({"grads": grads, "loss": total}, sys.argv[3])

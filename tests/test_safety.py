@@ -1,0 +1,681 @@
+"""What a run promises: nothing lost by a kill, a full disk, bad numbers or another machine."""
+
+import dataclasses
+import errno
+import functools
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import finetune
+import keep
+import loop
+import train
+from keep import Stop, Stopped, read_checkpoint, read_log
+from loop import Ranks, launch
+from tests import kill
+from tests.fixtures.make_run import DATA, answers
+from toy import write_toy
+from train import TrainConfig, main
+from vlm import load_run
+from weights import write_aside
+
+REPO = Path(__file__).resolve().parents[1]
+FIXTURES = REPO / "tests" / "fixtures"
+TINY = dict(width=32, layers=1, batch=8, steps=6, save_every=3, log_every=1)
+RESUME = {"out", "resume"}
+
+
+def config(data: Path, out: Path, **settings) -> TrainConfig:
+    """A run of a few seconds."""
+    return TrainConfig(data=str(data), out=str(out), **TINY | settings)
+
+
+def tuning(data: Path, out: Path, init: Path, task: str = "qa", **settings) -> finetune.TuneConfig:
+    """The same for fine-tuning."""
+    few = dict(epochs=2, batch=8, held_out=0.2, init=str(init), log_every=1) | settings
+    return finetune.TuneConfig(data=str(data), out=str(out), task=task, **few)
+
+
+def flags(**settings) -> list[str]:
+    """Write settings as flags."""
+    return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def command(*args: str, ranks: int = 0, script: Path = REPO / "train.py") -> list[str]:
+    """Build the command line of train.py, under torchrun when ranks are given."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *(torchrun if ranks else []), str(script), *args]
+
+
+def start(*args, **how) -> subprocess.Popen:
+    """Start train.py in a process group of its own, with pipes."""
+    pipe = subprocess.PIPE
+    made = command(*args, **how)
+    return subprocess.Popen(made, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def until(process: subprocess.Popen, beginning: str) -> None:
+    """Read lines until one begins so."""
+    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
+
+
+def losses(run: Path) -> list[float]:
+    """Read the losses of a run's steps."""
+    return [row["loss"] for row in read_log(run / "log.jsonl") if "step" in row and "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(small_toy, tmp_path_factory) -> Path:
+    """A run that nobody disturbs, to compare with."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    main(config(small_toy, out))
+    return out
+
+
+# ---- killed
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_equals_one_that_is_not():
+    """`python tests/kill.py`, in short: at any moment, writing a checkpoint, one of two ranks."""
+    assert kill.main(["--kills", "6", "--seed", "1"]) == 0
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_begun_again(small_toy, whole, tmp_path):
+    """Its lock and its empty log are no other run; anything else in the folder is."""
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("lock", "log.jsonl", "trainer.pt.partial"):
+        (out / name).touch()
+    main(config(small_toy, out))
+    assert not kill.differ(whole, out)
+    for name in ("model.safetensors", "notes.txt"):
+        other = tmp_path / name
+        other.mkdir()
+        (other / "lock").touch()
+        (other / name).touch()
+        with pytest.raises(ValueError, match="is not empty: add --resume to go on"):
+            main(config(small_toy, other))
+
+
+def test_half_a_line_in_the_log_is_said_and_left_out(small_toy, whole, tmp_path, capsys):
+    """What a full disk leaves must not keep the run from going on."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    lines = (out / "log.jsonl").read_text().splitlines()
+    (out / "log.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]))
+    main(TrainConfig(out=str(out), resume=True), RESUME)
+    assert "its last line is cut short and left out" in capsys.readouterr().out
+    assert not kill.differ(whole, out)
+
+
+# ---- signals
+
+
+def test_signals_to_a_whole_group_save_and_exit_0(small_toy, tmp_path):
+    """As torchrun and a terminal send them: to the loader processes too, and twice.
+
+    Catches a run that loses its loaders to the signal, or that the second one ends, be it on its
+    way out.
+    """
+    args = flags(data=small_toy, out=tmp_path / "run", **TINY | {"steps": 50000})
+    process = start(*args, "--workers", "2")
+    until(process, "step ")
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        os.killpg(process.pid, name)
+        time.sleep(0.2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err.count("\n") == 1 and "stopping at the end of the step" in err
+    said = re.search(r"stopped at step (\d+); to go on: torchrun train.py --resume --out (.*)", out)
+    assert read_checkpoint(tmp_path / "run" / "trainer.pt")["step"] == int(said[1])
+    assert said[2] == str(tmp_path / "run")
+
+
+def test_a_signal_before_the_first_step_saves_too(small_toy, tmp_path, monkeypatch, capsys):
+    """While the data is being opened: one step, a checkpoint, the line that goes on."""
+    build = train.build
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*args)
+
+    monkeypatch.setattr(train, "build", interrupted)
+    summary = main(config(small_toy, tmp_path / "run"))
+    assert summary == {"final": False, "steps": 1}
+    assert read_checkpoint(tmp_path / "run" / "trainer.pt")["step"] == 1
+    assert "stopped at step 1; to go on: torchrun train.py --resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["validate", "zero_shot_retrieval"])
+def test_a_signal_in_the_evaluation_ends_it_and_it_is_done_again(
+    small_toy, whole, tmp_path, monkeypatch, capsys, where
+):
+    """Training is saved by then: no need to wait. Going on evaluates, with the same numbers."""
+    real, after = getattr(train, where), []
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        after.append(where)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, interrupted)
+        assert main(config(small_toy, tmp_path / "run")) == {"final": False, "steps": 6}
+    assert after == ([where] if where == "validate" else [])  # a collective is not left in between
+    assert "stopped at step 6; to go on" in capsys.readouterr().out
+    main(TrainConfig(out=str(tmp_path / "run"), resume=True), RESUME)
+    assert not kill.differ(whole, tmp_path / "run")
+
+
+def test_a_second_signal_counts_only_after_a_while(monkeypatch, capfd):
+    """torchrun repeats what the terminal sent; a user who has waited must get out all the same."""
+    stop = Stop(speak=True)
+    stop(signal.SIGINT)
+    stop(signal.SIGTERM)
+    assert stop.asked and capfd.readouterr().err.count("stopping") == 1
+    stop.since -= Stop.SAME + 1
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT)
+
+    def aborted(*_):
+        raise KeyboardInterrupt
+
+    assert launch(aborted, TrainConfig, "", []) == 130
+    assert capfd.readouterr().err == (
+        "error: ended at once; --resume goes on from the last checkpoint\n"
+    )
+    stop = Stop(speak=False)
+    with pytest.raises(Stopped), stop.soon():
+        stop(signal.SIGTERM)
+    with pytest.raises(Stopped), stop.soon():
+        raise AssertionError("a signal that came before is known")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_two_ranks_under_torchrun_stop_once_and_go_on(small_toy, tmp_path, name):
+    """The signal goes to torchrun, which hands it on to the groups of both ranks."""
+    out = tmp_path / "run"
+    args = flags(data=small_toy, out=out, **TINY | {"steps": 50000, "workers": 1})
+    process = start(*args, ranks=2)
+    until(process, "step ")
+    process.send_signal(signal.Signals[name])
+    said, err = process.communicate(timeout=90)
+    found = re.findall(r"stopped at step (\d+); to go on", said)
+    assert len(found) == 1, (said, err)
+    step = int(found[0])
+    assert read_checkpoint(out / "trainer.pt")["step"] == step
+    more = command("--resume", "--out", str(out), "--steps", str(step + 2), ranks=2)
+    assert subprocess.run(more, capture_output=True).returncode == 0
+    assert read_log(out / "log.jsonl")[-1]["steps"] == step + 2
+
+
+# ---- the disk
+
+
+def broken(how: str):
+    """Make a writer that gets to half of its file, as each of the libraries fails."""
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(b"half")
+        full = OSError(errno.ENOSPC, "No space left on device")
+        if how == "torch":
+            try:
+                raise full
+            except OSError:
+                raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
+        raise SafetensorError("I/O error: No space left on device") if how == "safe" else full
+
+    return write
+
+
+@pytest.mark.parametrize("how", ["torch", "safe", "python"])
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, how):
+    """File, reason, room; nothing half beside it."""
+    path = tmp_path / "trainer.pt"
+    path.write_text("old")
+    wanted = r"trainer.pt: could not be written: .*No space left on device.*MiB free there"
+    with pytest.raises(OSError, match=wanted):
+        write_aside(path, broken(how))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["trainer.pt"]
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_leaves_its_last_checkpoint(
+    small_toy, whole, tmp_path
+):
+    """A real limit on file size, which the second checkpoint (with Adam's state) meets midway."""
+    limit = (whole / "trainer.pt").stat().st_size * 2 // 3
+    out = tmp_path / "run"
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    made = command(*flags(data=small_toy, out=out, **TINY))
+    done = subprocess.run(made, capture_output=True, text=True, preexec_fn=small)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    wanted = r"error: .*run/trainer.pt: could not be written: File too large .*MiB free"
+    assert re.match(wanted, done.stderr), done.stderr
+    assert f"the last checkpoint is {out}/trainer.pt, step 0" in done.stderr
+    assert not list(out.glob("*.partial"))
+    main(TrainConfig(out=str(out), resume=True), RESUME)
+    assert not kill.differ(whole, out)
+
+
+def test_a_full_disk_under_the_log_is_named(tmp_path):
+    """/dev/full takes a file open for writing and refuses every byte."""
+    log = keep.Log(tmp_path / "log.jsonl", 0, Ranks())
+    log.file = open("/dev/full", "a", buffering=1)
+    with pytest.raises(OSError, match="/dev/full: could not be written: No space left on device"):
+        log({"step": 1})
+    log.file = io.StringIO()  # what is left in the other's buffer is lost, as it should be
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_step(small_toy, tmp_path):
+    """A file where a folder is wanted; a file system that takes nothing."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--out .*file/run cannot be written: Not a directory"):
+        main(config(small_toy, tmp_path / "file" / "run"))
+    with pytest.raises(OSError, match="--out /proc/run cannot be written: No such file"):
+        main(config(small_toy, Path("/proc/run")))
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(OSError, match="--out .*locked/run cannot be written: Permission"):
+            main(config(small_toy, tmp_path / "locked" / "run"))
+
+
+# ---- two runs in one directory
+
+
+def test_a_directory_in_use_is_refused_and_a_killed_run_gives_it_back(small_toy, tmp_path):
+    """Both as a new run and with --resume; loader processes that outlive a kill hold nothing."""
+    out = tmp_path / "run"
+    process = start(*flags(data=small_toy, out=out, **TINY | {"steps": 50000, "workers": 1}))
+    until(process, "step ")
+    wanted = rf"{out} is in use by process {process.pid} on .*: let it end, or choose another --out"
+    with pytest.raises(ValueError, match=wanted):
+        main(config(small_toy, out))
+    with pytest.raises(ValueError, match=wanted):
+        main(TrainConfig(out=str(out), resume=True), RESUME)
+    process.kill()
+    process.wait()
+    step = read_checkpoint(out / "trainer.pt")["step"]
+    again = TrainConfig(out=str(out), resume=True, steps=step + 1)
+    assert main(again, RESUME | {"steps"})["final"]
+
+
+def test_two_runs_that_start_at_once_take_two_directories(tmp_path, monkeypatch):
+    """The name is taken by making the folder, not by looking first."""
+    monkeypatch.chdir(tmp_path)
+    assert [str(train.new_directory("a")) for _ in range(3)] == ["runs/a", "runs/a-2", "runs/a-3"]
+
+
+# ---- one rank fails
+
+
+WRAPPED = """
+import os, sys
+sys.path.insert(0, {repo!r})
+import train
+from train import Corpus, run, cli
+from benchmarks import DataError
+if os.environ["RANK"] == "1":
+    step = Corpus.step
+    def fail(self, n, *args):
+        if n == 3:
+            {what}
+        return step(self, n, *args)
+    Corpus.step = fail
+run(cli)
+"""
+FAILS = {  # what rank 1 does, and what must be said
+    "raise ZeroDivisionError('a bug')": ("ZeroDivisionError: a bug", "rank      : 1"),
+    "raise DataError('x.npy: bad')": ("error: on rank 1: x.npy: bad",),
+    "os._exit(7)": ("exitcode  : 7", "rank      : 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FAILS)
+def test_when_one_rank_fails_the_others_end_within_a_minute(small_toy, tmp_path, what):
+    """An exception, a bad file, a sudden death (SIGKILL: kill.py): named, not 0, no hang."""
+    script = tmp_path / "wrapped.py"
+    script.write_text(WRAPPED.format(repo=str(REPO), what=what))
+    args = flags(data=small_toy, out=tmp_path / "run", **TINY)
+    process = start(*args, ranks=2, script=script)
+    until(process, "step 2")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and all(said in err for said in FAILS[what]), err
+    assert err.count("Traceback (most recent call last)") <= 2  # the bug's and torchrun's own
+
+
+@pytest.fixture(scope="module")
+def two(small_toy, tmp_path_factory) -> dict:
+    """What two ranks did in tests/two_ranks.py: one start for all tests below."""
+    path = tmp_path_factory.mktemp("two") / "found.json"
+    args = ["-m", "tests.two_ranks", str(small_toy), "safety", str(path)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, *args], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_ranks_learn_of_each_others_errors(two):
+    """Both end by the same error; the other rank's says whose it is."""
+    assert two["every"] == ["on rank 1: b.json: bad", "b.json: bad"]
+    assert two["first"] == ["disk full", "disk full"]
+    assert two["unread"] == ["on rank 1: x.npy: bad"] * 2
+
+
+def test_a_rank_that_loses_another_says_so_in_one_line(monkeypatch, capsys):
+    """Where no torchrun ends it first: not gloo's traceback. Other errors keep theirs."""
+
+    def lose(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [::1]:7")
+
+    monkeypatch.setattr(loop.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loop.time, "sleep", lambda seconds: None)
+    assert launch(lose, TrainConfig, "", []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: rank 0 lost another rank ([gloo") and said.count("\n") == 1
+
+    def bug(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        launch(bug, TrainConfig, "", [])
+
+
+@pytest.mark.slow
+def test_ranks_with_other_commands_are_refused(two):
+    """Catches a node that was started with other flags: rank 0's would silently be taken."""
+    wanted = "rank 1 has --lr 2.0, rank 0 1.0: start all ranks by the same command"
+    assert all(said.startswith(wanted) for said in two["agree"]), two
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_a_step_that_is_bad_on_one(two):
+    """One rank's poisoned batch, one rank's unreadable file: the weights stay alike and finite."""
+    assert two["skipped"] == [2, 2]
+    assert two["weights"][0] == two["weights"][1]
+    assert all(math.isfinite(x) for x in two["weights"])
+
+
+# ---- numbers go bad
+
+
+def poison(monkeypatch, bad: set[int]) -> None:
+    """Make the video of some steps infinite, past the store's own check."""
+    get = loop.Steps.__getitem__
+
+    def spoil(self, i):
+        batch = get(self, i)
+        if self.start + i // self.accumulate in bad:
+            batch.video = batch.video * math.inf
+        return batch
+
+    monkeypatch.setattr(loop.Steps, "__getitem__", spoil)
+
+
+def test_skipped_steps_are_counted_in_the_summary_across_a_resume(
+    small_toy, tmp_path, monkeypatch, capsys
+):
+    """Two before the stop, one after: three."""
+    poison(monkeypatch, {1, 2, 5})
+    main(config(small_toy, tmp_path / "run", steps=4, decay_steps=6))
+    again = TrainConfig(out=str(tmp_path / "run"), resume=True, steps=6)
+    assert main(again, RESUME | {"steps"})["skipped"] == 3
+    assert [r["skipped"] for r in read_log(tmp_path / "run" / "log.jsonl")[:-1]] == [
+        0,
+        1,
+        2,
+        2,
+        2,
+        3,
+    ]
+    assert "3 steps skipped; the model is in" in capsys.readouterr().out
+
+
+def test_fine_tuning_skips_and_counts_too(small_toy, whole, tmp_path, monkeypatch):
+    poison(monkeypatch, {1})
+    summary = finetune.main(tuning(small_toy, tmp_path / "run", whole))
+    state = read_checkpoint(tmp_path / "run" / "trainer.pt")
+    assert summary["skipped"] == 1 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_features_that_are_not_numbers_stop_a_run_or_are_skipped_and_counted(
+    small_toy, tmp_path, monkeypatch, capsys
+):
+    """By default the file is named and the run ends; --skip-bad skips the steps that want it."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    for n, value in ((1, np.nan), (2, np.inf)):
+        path = world / "features" / f"how_train_{n:04}.npy"
+        features = np.load(path)
+        features[3:] = value
+        np.save(path, features)
+    few = functools.partial(train.set_means, clips=64)
+    monkeypatch.setattr(train, "set_means", few)
+    long = dict(steps=16, accumulate=2)
+    with pytest.raises(ValueError, match=r"how_train_000[12]: features hold NaN or infinity"):
+        main(config(world, tmp_path / "stops", **long))
+    summary = main(config(world, tmp_path / "run", skip_bad=True, **long))
+    said = capsys.readouterr().out
+    assert summary["skipped"] == len(re.findall("a step is skipped: how_train_000[12]: ", said)) > 0
+    state = read_checkpoint(tmp_path / "run" / "trainer.pt")
+    assert all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_an_overflow_in_fp16_is_skipped_and_the_scaler_recovers(small_toy, tmp_path, monkeypatch):
+    """From a scale that no gradient survives: halved at each skip until one does."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *a, init_scale, **k: scaler(*a, init_scale=2.0**15, **k)
+    )
+    main(config(small_toy, tmp_path / "run", precision="fp16", steps=12))
+    log = read_log(tmp_path / "run" / "log.jsonl")[:-1]
+    skipped = log[-1]["skipped"]
+    assert 0 < skipped < 10 and log[-1]["loss"] is not None
+    state = read_checkpoint(tmp_path / "run" / "trainer.pt")
+    assert state["scaler"]["scale"] == 2.0 ** (15 - skipped)
+    assert all(x.isfinite().all() for x in state["model"].values())
+
+
+# ---- other machines, other versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(0, 2), (2, 0)])
+def test_another_number_of_ranks_goes_on_with_the_same_losses(small_toy, whole, tmp_path, ranks):
+    """Three steps on one, three on two, and the other way round: as all six on one, to rounding."""
+    out = tmp_path / "run"
+    first = flags(data=small_toy, out=out, **TINY | {"steps": 3, "decay_steps": 6, "warmup": 0})
+    again = ["--resume", "--out", str(out), "--steps", "6"]
+    for args, n in zip((first, again), ranks, strict=True):
+        done = subprocess.run(command(*args, ranks=n), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    was, now = (max(1, n) for n in ranks)
+    assert f"ranks: {now} now, {was} when the checkpoint was written" in done.stdout
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_another_accumulation_draws_the_same_clips(small_toy):
+    """Parts of a step, in order, are the step, whatever there are of them."""
+    cfg = train.settle(config(small_toy, Path("x")), set())
+    _, _, data = train.build(cfg, print)
+    whole = data.train.step(3, 8)
+    for parts in (2, 4):
+        found = [data.train.step(3, 8, i, parts) for i in range(parts)]
+        V = whole.video.shape[1]
+        video = [torch.nn.functional.pad(p.video, (0, 0, 0, V - p.video.shape[1])) for p in found]
+        assert torch.equal(torch.cat(video), whole.video)
+        assert sum(int(p.video_hidden.sum()) for p in found) == int(whole.video_hidden.sum())
+        assert sum(int(p.text_hidden.sum()) for p in found) == int(whole.text_hidden.sum())
+
+
+@pytest.mark.parametrize("task", ["segmentation", "captioning"])
+def test_another_accumulation_goes_on_with_the_same_losses(small_toy, whole, tmp_path, task):
+    """Where no clip is another's negative: the losses of the rest, to rounding."""
+    finetune.main(tuning(small_toy, tmp_path / "one", whole, task, steps=6))
+    few = dict(steps=3, decay_steps=6, warmup=0)
+    finetune.main(tuning(small_toy, tmp_path / "two", whole, task, **few))
+    again = dict(task=task, out=str(tmp_path / "two"), resume=True, steps=6, accumulate=2)
+    finetune.main(finetune.TuneConfig(**again), RESUME | {"steps", "accumulate"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def rewrite(run: Path, change) -> None:
+    """Change what a checkpoint says."""
+    state = read_checkpoint(run / "trainer.pt")
+    change(state)
+    torch.save(state, run / "trainer.pt")
+
+
+def test_another_version_and_other_data_are_said(small_toy, whole, tmp_path, capsys):
+    """Name, value now, value then; the run goes on, for a new version is no reason to lose it."""
+    out = shutil.copytree(whole, tmp_path / "run")
+
+    def other(state):
+        state["facts"] |= {"torch": "2.4.1", "training videos": "29 (00000000)", "device": "cuda"}
+
+    rewrite(out, other)
+    main(TrainConfig(out=str(out), resume=True), RESUME)
+    said = capsys.readouterr().out
+    assert f"torch: {torch.__version__} now, 2.4.1 when the checkpoint was written" in said
+    assert re.search(r"training videos: 30 \(\w+\) now, 29 \(00000000\) when", said)
+    assert "device: cpu now, cuda when" in said
+    assert "captions:" not in said and "ranks:" not in said
+
+
+def test_a_changed_setting_is_said_and_a_changed_model_refused(small_toy, whole, tmp_path, capsys):
+    """What can change says so; what the weights are made of cannot, and was silently ignored."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    again = TrainConfig(out=str(out), resume=True, lr=0.5, batch=8)
+    main(again, RESUME | {"lr", "batch"})
+    said = capsys.readouterr().out
+    assert re.search(r"resuming with --lr 0.5, it was 0.00\d+", said) and "--batch" not in said
+    for name, value, was in (("width", 64, 32), ("loss", "mfm-mlm", "vlm"), ("init", "x", None)):
+        again = TrainConfig(out=str(out), resume=True, **{name: value})
+        with pytest.raises(ValueError, match=f"--{name} {value}: the run in .* has {was}, and its"):
+            main(again, RESUME | {name})
+    rewrite(out, lambda state: state["config"].update(gone=3))
+    main(TrainConfig(out=str(out), resume=True), RESUME)
+    assert "the run's setting gone = 3 is unknown here and left out" in capsys.readouterr().out
+
+
+def test_more_epochs_make_a_longer_run(small_toy, tmp_path):
+    """Catches an --epochs that is read and not used, because the steps are known."""
+    main(config(small_toy, tmp_path / "run", steps=None, epochs=0.5))
+    again = TrainConfig(out=str(tmp_path / "run"), resume=True, epochs=1.0)
+    first = read_checkpoint(tmp_path / "run" / "trainer.pt")["step"]
+    assert main(again, RESUME | {"epochs"})["steps"] == 2 * first
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_one_line(small_toy, whole, tmp_path):
+    """Not torch's page of sizes from inside load_state_dict."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    rewrite(out, lambda state: state["model"].popitem())
+    with pytest.raises(ValueError, match="trainer.pt does not fit config.json beside it: .*") as e:
+        main(TrainConfig(out=str(out), resume=True), RESUME)
+    assert "\n" not in str(e.value)
+
+
+def test_an_old_run_gives_the_numbers_that_it_gave(tmp_path, capsys):
+    """tests/fixtures/run was written by the code of November 2026; see make_run.py.
+
+    Outputs to 1e-5, and going on for two steps the losses that a run of six had.
+    """
+    numbers = json.loads((FIXTURES / "numbers.json").read_text())
+    found = answers(load_run(FIXTURES / "run")[0])
+    for name, wanted in numbers["answers"].items():
+        assert found[name] == pytest.approx(wanted, abs=1e-5), name
+    out = shutil.copytree(FIXTURES / "run", tmp_path / "run")
+    write_toy(tmp_path / "world", **DATA)
+    again = TrainConfig(out=str(out), resume=True, steps=6, data=str(tmp_path / "world"))
+    main(again, RESUME | {"steps", "data"})
+    assert losses(out) == pytest.approx(numbers["loss"], rel=1e-4)
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_seed_gives_the_same_run_for_any_number_of_loader_workers(
+    small_toy, whole, tmp_path, workers
+):
+    """Bit for bit: weights, Adam's state, the log, the evaluation."""
+    main(config(small_toy, tmp_path / "run", workers=workers))
+    assert not kill.differ(whole, tmp_path / "run")
+
+
+def test_another_seed_gives_another_run(small_toy, whole, tmp_path):
+    """Shows that the comparison above can fail."""
+    main(config(small_toy, tmp_path / "run", seed=1))
+    assert "log.jsonl" in kill.differ(whole, tmp_path / "run")
+
+
+def test_fine_tuning_is_the_same_for_any_number_of_loader_workers(small_toy, whole, tmp_path):
+    for workers in (0, 2):
+        finetune.main(tuning(small_toy, tmp_path / str(workers), whole, workers=workers))
+    assert not kill.differ(tmp_path / "0", tmp_path / "2")
+
+
+# ---- fine-tuning keeps the same promises
+
+
+def test_fine_tuning_stops_in_its_evaluation_and_goes_on(
+    small_toy, whole, tmp_path, monkeypatch, capsys
+):
+    """A signal while the best epoch is tested: the line that goes on, then the same table."""
+    first = finetune.main(tuning(small_toy, tmp_path / "one", whole))
+    real = finetune.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "evaluate", interrupted)
+        stopped = finetune.main(tuning(small_toy, tmp_path / "two", whole))
+    assert not stopped["final"]
+    assert "to go on: torchrun finetune.py qa --resume --out" in capsys.readouterr().out
+    again = finetune.TuneConfig(task="qa", out=str(tmp_path / "two"), resume=True)
+    second = finetune.main(again, RESUME)
+    first, second = ({k: x for k, x in s.items() if k != "seconds"} for s in (first, second))
+    assert first == second and not kill.differ(tmp_path / "one", tmp_path / "two")
+
+
+def test_fine_tuning_refuses_a_directory_in_use_and_another_model(small_toy, whole, tmp_path):
+    """One lock, one list of settings that the weights are made of, for both programs."""
+    out = tmp_path / "run"
+    finetune.main(tuning(small_toy, out, whole))
+    holder = "import sys, time; sys.path.insert(0, sys.argv[1]); import keep, pathlib\n"
+    holder += "f = keep.hold(pathlib.Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(REPO), str(out)], stdout=subprocess.PIPE, text=True
+    )
+    until(process, "held")
+    again = finetune.TuneConfig(task="qa", out=str(out), resume=True)
+    try:
+        with pytest.raises(ValueError, match=f"is in use by process {process.pid}"):
+            finetune.main(again, RESUME)
+    finally:
+        process.kill()
+        process.wait()
+    finetune.main(again, RESUME)
+    with pytest.raises(ValueError, match="--init elsewhere: the run in .* has"):
+        finetune.main(dataclasses.replace(again, init="elsewhere"), RESUME | {"init"})
