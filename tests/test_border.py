@@ -412,7 +412,6 @@ def test_a_pickle_makes_no_room_for_what_it_does_not_hold(tmp_path):
         ),
         (whole.replace(b"K\x02K\x03\x86", b"K\xffK\xff\x86"), "not a whole pickle"),
         (whole.replace(b"X\x02\x00\x00\x00f4", b"X\x02\x00\x00\x00V4"), "an array of 'V4'"),
-        (whole.replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00>"), "v has dtype >f4"),
     ):
         assert content != whole
         (tmp_path / "x.pickle").write_bytes(content)
