@@ -106,3 +106,18 @@ def test_a_step_is_measured(capsys):
     rows = bench.step(argparse.Namespace(batch=4, layers=1, repeat=1, compile=False))
     assert {"memory", "step fp32", "ceiling fp32"} <= {r["name"] for r in rows}
     assert all(r["ratio"] > 0 for r in rows)
+
+
+def test_a_file_is_timed_against_the_network_alone(monkeypatch):
+    """With a network of no cost: what is left is decoding, and both see the same four seconds."""
+    pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+    monkeypatch.setattr(bench, "half", lambda: None)
+    seen = []
+
+    def network(frames: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(frames.shape))
+        return torch.ones(len(frames), 512)
+
+    (row,) = bench.s3d_file(network, argparse.Namespace(repeat=1))
+    assert row["name"] == "file fp32" and row["a"] > row["b"] > 0
+    assert seen == [(4, 3, 30, 224, 224)] * 4
