@@ -108,7 +108,8 @@ def plain_tensors(path: Path, found: object) -> dict[str, Tensor]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or what kind it is where it says nothing."""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust the file
+    # torch's reason stands between two pieces of advice to trust the file
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". Please use `torch")[0]
     return one_line((text.strip() or type(error).__name__).splitlines()[0])
 
 

@@ -314,7 +314,8 @@ def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, va
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 10**12}, {"num_hidden_layers": 10**5}, {"num_labels": 10**12}, {"vocab_size": 10**400},
+    [{"hidden_size": 10**12}, {"num_hidden_layers": 10**5}, {"num_labels": 10**12},
+     {"vocab_size": 10**400},
      {"hidden_size": 3 * 2**18}, {"layer_norm_eps": float("nan")}, {"initializer_range": -1.0},
      {"initializer_range": float("inf")}, {"labels": [["x"], []], "num_labels": 2},
      {"stage": "\ud800"}, {"video_dim": True}, {"max_position_embeddings": 2**40}],
