@@ -254,7 +254,8 @@ def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
-        text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust it
+        # torch's reason stands between two pieces of advice to trust the file
+        text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". Please use")[0]
         first = (text.strip() or type(error).__name__).splitlines()[0]
         first = "".join(c if c.isprintable() else "?" for c in first[:300])
         raise ValueError(f"{path}: not a plain file of tensors ({first})") from None

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor, nn
 
-from benchmarks import DataError, read_text
+from benchmarks import DataError, one_line, read_text
 
 # ---------------------------------------------------------------------------------------------
 # Files of tensors
@@ -110,8 +110,9 @@ def plain_tensors(path: Path, found: object) -> dict[str, Tensor]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or what kind it is where it says nothing."""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust the file
-    return (text.strip() or type(error).__name__).splitlines()[0]
+    # torch's reason stands between two pieces of advice to trust the file
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(". Please use `torch")[0]
+    return one_line((text.strip() or type(error).__name__).splitlines()[0])
 
 
 def weights_file(path: str | Path) -> Path:

@@ -225,7 +225,9 @@ def test_a_table_keeps_its_rows_or_says_which_are_odd(world):
     first column of a table that Excel had saved, with its mark."""
     path = world / "msrvtt" / "MSRVTT_JSFUSION_test.csv"
     good, lines = read_msrvtt(world / "msrvtt")["test"], path.read_text().splitlines()
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    first = re.sub("^key,vid_key,(.*)", r"vid_key,key,\1", lines[0])
+    swapped = [first, *(re.sub("^([^,]*),([^,]*)", r"\2,\1", line) for line in lines[1:])]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(swapped).encode())
     assert read_msrvtt(world / "msrvtt")["test"] == good
     for line, message in (
         (lines[1] + ", and a half", "line 2: 5 fields, the header has 4"),
@@ -312,7 +314,8 @@ def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, va
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 10**12}, {"num_hidden_layers": 10**9}, {"vocab_size": 10**400},
+    [{"hidden_size": 10**12}, {"num_hidden_layers": 10**5}, {"num_labels": 10**12},
+     {"vocab_size": 10**400},
      {"hidden_size": 3 * 2**18}, {"layer_norm_eps": float("nan")}, {"initializer_range": -1.0},
      {"initializer_range": float("inf")}, {"labels": [["x"], []], "num_labels": 2},
      {"stage": "\ud800"}, {"video_dim": True}, {"max_position_embeddings": 2**40}],
@@ -418,6 +421,24 @@ def test_a_pickle_makes_no_room_for_what_it_does_not_hold(tmp_path):
         with pytest.raises(DataError, match=message):
             FeatureStore(tmp_path / "x.pickle").open("v")
     assert peak() - before < 2e8
+
+
+def test_what_torch_says_of_a_damaged_checkpoint_is_one_printable_line(tmp_path):
+    """It quotes the file, control characters and all, behind the advice to trust it."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    for old, new in ((b"little", b"li\0\x1btt"), (b"ctorch._utils\n", b"ctorch._\x07tils\n")):
+        assert old in whole
+        with (
+            zipfile.ZipFile(io.BytesIO(whole)) as zip_,
+            zipfile.ZipFile(tmp_path / "y.pt", "w") as out,
+        ):
+            for name in zip_.namelist():
+                out.writestr(name, zip_.read(name).replace(old, new))
+        for read in (read_tensors, read_checkpoint, lambda path: load_s3d(tower(), path)):
+            with pytest.raises(ValueError, match="y.pt: ") as error:
+                read(tmp_path / "y.pt")
+            assert str(error.value).isprintable() and "trust" not in str(error.value)
 
 
 # ---- captions and METEOR
