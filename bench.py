@@ -595,6 +595,43 @@ def s3d(args) -> list[dict]:
         a, b = in_turn(lambda: [plain(frames[i : i + 1]) for i in range(4)], ours, args.repeat)
         what = f"S3D, four seconds at once, BatchNorm folded, {name}, against one by one in fp32"
         rows.append(row(f"s3d {name}", what, 4 / a, 4 / b, "s of video/s", higher=True))
+    return rows + s3d_file(fast, args)
+
+
+def s3d_file(model, args) -> list[dict]:
+    """A file of four seconds, decoded, resized and through S3D, against the network alone."""
+    from s3d import extract
+
+    try:
+        import av
+    except ImportError:
+        print("s3d file: left out; pip install av", file=sys.stderr)
+        return []
+    rows, rng = [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "v.mp4"
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+            still = rng.integers(0, 256, (45, 80, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            for i in range(100):  # blocks of colour that move, as a camera does
+                frame = av.VideoFrame.from_ndarray(np.roll(still, 3 * i, 1), format="rgb24")
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        frames = torch.rand(4, 3, 30, 224, 224)
+        for precision in ["fp32"] + ["bf16"] * (half() is not None):
+            bf16 = precision == "bf16"
+
+            def network(bf16=bf16) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    model(frames)
+
+            def file(precision=precision) -> None:
+                extract(model, path, precision=precision)
+
+            a, b = in_turn(network, file, args.repeat)
+            what = f"S3D of a file of 640 x 360, decoding and all, {precision}, the network alone"
+            rows.append(row(f"file {precision}", what, 4 / a, 4 / b, "s of video/s", higher=True))
     return rows
 
 

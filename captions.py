@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks import HALF, DataError, read_json, shown
+from benchmarks import HALF, LONGEST_TEXT, DataError, read_json, shown
 from meteor import NO_LISTS, look_up, meteor_scores, word_lists
 from ptb import ptb_tokenize
 
@@ -273,6 +273,9 @@ def check_captions(references: dict[str, list[str]], hypotheses: dict[str, str])
         for text in (*refs, hypotheses[key]):
             if not isinstance(text, str):
                 raise DataError(f"item {key!r}: a caption is {shown(text)}, wanted a text")
+            if len(text) > LONGEST_TEXT:
+                raise DataError(f"item {key!r}: a caption of {len(text)} characters, wanted at "
+                                f"most {LONGEST_TEXT}")  # fmt: skip
             if HALF.search(text):
                 raise DataError(f"item {key!r}: {shown(text)} holds half a character, wanted text")
 

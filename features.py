@@ -9,9 +9,11 @@
 
 import functools
 import io
+import math
 import mmap
 import os
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -130,7 +132,8 @@ class FeatureStore:
         if not np.isfinite(span).all() and not np.isfinite(rows).all():
             second = int(index[~np.isfinite(rows).all(1)][0])
             raise DataError(
-                f"{video}: features hold NaN or infinity at second {second}: extract it again"
+                f"{self.files[self.place[video]]}: {video}: features hold NaN or infinity "
+                f"at second {second}: extract it again"
             )
         return rows
 
@@ -167,28 +170,69 @@ class _Slice:
         return self.lazy[key]
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Turn text back into bytes: how pickles for Python 2 spell them."""
-    return text.encode("latin1")
+class _Dtype:
+    """What a pickle says of a dtype: its name and byte order, and nothing that numpy would believe.
+
+    A real one takes flags from a pickle, by which an array's bytes become addresses of objects.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.order = name, ""
+
+    def __setstate__(self, state: tuple):
+        self.order = state[1] if state[1] in ("<", ">") else ""
+
+    def real(self) -> np.dtype:
+        """Make the dtype: numbers, text or objects."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[biufSUO]\d*", self.name):
+            raise DataError(f"it holds an array of {self.name!r}, wanted numbers or text")
+        return np.dtype(self.order + self.name if self.name[0] in "biufU" else self.name)
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Read numpy arrays in plain containers; refuse any other name before it is used."""
+class _Array(np.ndarray):
+    """An array that a pickle fills, with a dtype made here."""
 
-    KNOWN = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, by_column, content = state
+        if isinstance(content, list) and len(content) != math.prod(shape):
+            raise ValueError(f"{len(content)} objects for an array {shape}")
+        super().__setstate__((1, shape, dtype.real(), bool(by_column), content))
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Read numpy arrays in plain containers; refuse any other name before it is used.
+
+    What the names stand for is made here: methods, which a pickle can call and not change. This is
+    pickle's reader in Python: the one in C makes room for four billion objects if a file says so.
+    """
+
+    KNOWN = {("numpy", "dtype"): "_dtype", ("_codecs", "encode"): "_encode"}
     for core in ("core", "_core"):  # numpy 1's name and numpy 2's
-        KNOWN[f"numpy.{core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
-        KNOWN[f"numpy.{core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]
-    KNOWN["_codecs", "encode"] = _latin1
+        KNOWN[f"numpy.{core}.multiarray", "_reconstruct"] = "_reconstruct"
+        KNOWN[f"numpy.{core}.numeric", "_frombuffer"] = "_frombuffer"
 
     def find_class(self, module: str, name: str):
         """Admit what numpy arrays are made of; DataError for all else."""
+        if (module, name) == ("numpy", "ndarray"):
+            return None  # stands where _reconstruct does not look
         if (module, name) not in self.KNOWN:
             raise DataError(f"it names {module}.{name}, wanted numpy arrays and nothing else")
-        return self.KNOWN[module, name]
+        return getattr(self, self.KNOWN[module, name])
+
+    def _dtype(self, name: str, *_) -> _Dtype:
+        return _Dtype(name)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        return text.encode("latin1")  # how pickles for Python 2 spell bytes
+
+    def _reconstruct(self, *_) -> np.ndarray:
+        return np.empty(0, np.uint8).view(_Array)
+
+    def _frombuffer(self, content: bytes, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
+        return np.frombuffer(content, dtype.real()).reshape(shape, order=order)
 
 
-def unpickle(path: Path, reader: type[pickle.Unpickler] = ArrayUnpickler) -> object:
+def unpickle(path: Path, reader: type[pickle._Unpickler] = ArrayUnpickler) -> object:
     """Read a pickle of what `reader` admits; DataError where it is cut or wants something run."""
     try:
         with open(path, "rb") as file:
@@ -209,7 +253,7 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
         found = {}
     if not found or not all(isinstance(video, str) for video in found):
         raise DataError(f"{path}: wanted {{video_id: numpy array}} and at least one of them")
-    return found
+    return {video: x.view(np.ndarray) for video, x in found.items()}
 
 
 def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:

@@ -461,10 +461,12 @@ def fit(
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    mlp = [p for p in model.videomlp.parameters() if p.requires_grad]
-    others = [p for p in params if all(p is not q for q in mlp)]
     # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
-    groups, peaks = [{"params": others}, {"params": mlp}], (cfg.lr, cfg.mlp_lr)
+    groups, peaks = [{"params": params}], [cfg.lr]
+    if cfg.mlp_lr not in (None, cfg.lr):
+        mlp = set(model.videomlp.parameters())
+        groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
+        peaks.append(cfg.mlp_lr)
     optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
     facts = facts | {"parameters": sum(p.numel() for p in params)}

@@ -21,7 +21,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from operator import itemgetter
@@ -239,7 +239,7 @@ def word_lists(folder: str | Path | None = None) -> WordLists:
     try:
         with zipfile.ZipFile(files[0]) as jar:
             function_words, prefixes, synsets, exceptions = (
-                jar.read(name).decode("utf-8").split("\n")
+                read_member(jar, name).split("\n")
                 for name in (
                     "function/english.words",
                     "nonbreaking/english.prefixes",
@@ -247,7 +247,7 @@ def word_lists(folder: str | Path | None = None) -> WordLists:
                     "synonym/english.exceptions",
                 )
             )
-    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, UnicodeDecodeError) as error:
+    except Exception as error:  # zipfile fails in as many ways as a zip can be damaged or locked
         raise DataError(f"{files[0]}: not METEOR 1.5's jar ({error})") from None
     bases = defaultdict(list)
     for base, forms in zip(exceptions[::2], exceptions[1::2], strict=False):
@@ -264,9 +264,19 @@ def word_lists(folder: str | Path | None = None) -> WordLists:
     )
 
 
+def read_member(jar: zipfile.ZipFile, name: str) -> str:
+    """Read a member of a zip that is text of some megabytes; ValueError for more."""
+    if jar.getinfo(name).file_size > 1 << 26:
+        raise ValueError(f"{name} unpacks to {jar.getinfo(name).file_size:,} bytes")
+    return jar.read(name).decode("utf-8")
+
+
 def phrase_hash(phrase: bytes) -> bytes:
     """Name a phrase by 8 bytes: among 10 million, two alike are a chance of one in 300,000."""
     return hashlib.blake2b(phrase, digest_size=8).digest()
+
+
+LONGEST_PHRASE, MOST_PHRASES = 1 << 16, 15_000_000  # bytes; rows, half as many again as there are
 
 
 def index_paraphrases(path: Path) -> np.ndarray:
@@ -277,10 +287,13 @@ def index_paraphrases(path: Path) -> np.ndarray:
     """
     hashes = [bytearray(), bytearray()]
     try:
-        with gzip.open(path) as lines:
+        with gzip.open(path) as file:
+            lines = iter(partial(file.readline, LONGEST_PHRASE), b"")
             for _, *pair in zip(lines, lines, lines, strict=True):
                 for side, phrase in zip(hashes, pair, strict=True):
                     side += phrase_hash(phrase.rstrip(b"\n"))
+                if max(map(len, pair)) == LONGEST_PHRASE or len(side) > 8 * MOST_PHRASES:
+                    raise ValueError("too long: it would not fit into memory")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: not METEOR's paraphrase table ({error})") from None
     table = np.stack([np.frombuffer(side, "<u8") for side in hashes])

@@ -24,10 +24,11 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -243,13 +244,22 @@ def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
              a file that is more than tensors: nothing in it is ever run.
     """
     try:
+        if (
+            tarfile.is_tarfile(path)
+            or zipfile.is_zipfile(path)
+            and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist())
+        ):  # before 2.6 torch runs programs and trusts tars, weights_only or not
+            raise ValueError("it is a program or a tar file")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust it
+        first = (text.strip() or type(error).__name__).splitlines()[0]
+        first = "".join(c if c.isprintable() else "?" for c in first[:300])
         raise ValueError(f"{path}: not a plain file of tensors ({first})") from None
-    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+    tensors = found.items() if isinstance(found, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(x, Tensor) for k, x in tensors):
         raise ValueError(f"{path}: wanted a dict of tensors by name")
     ours = model.state_dict()
     for name, tensor in ours.items():
@@ -259,7 +269,9 @@ def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
         elif found[name].shape != tensor.shape:
             seen, wanted = tuple(found[name].shape), tuple(tensor.shape)
             raise ValueError(f"{path}: {name} is {seen}, S3D wants {wanted}")
-        elif not found[name].isfinite().all():
+        elif found[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {found[name].dtype}, S3D wants {tensor.dtype}")
+        elif found[name].is_meta or not found[name].to(tensor.dtype).isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     fits = {name: found[name] for name in ours if name in found}
     model.load_state_dict(fits, strict=False)  # strict above: every name is accounted for
@@ -497,7 +509,8 @@ def find_videos(paths: list[str]) -> dict[str, Path]:
             raise ValueError(f"{path}: no such file or folder")
     videos = {}
     for path in files:
-        if re.search(r"^\.|[\x00-\x1f\x7f\\\ud800-\udfff]", path.stem):
+        odd = path.stem.startswith(".") or "\\" in path.stem or path.stem != path.stem.strip()
+        if odd or not path.stem.isprintable():
             raise ValueError(f"{str(path)!r}: {path.stem!r} cannot be a video id: rename the file")
         twin = videos.setdefault(path.stem, path)
         if twin.resolve() != path.resolve():

@@ -20,19 +20,15 @@ from benchmarks import Clip, DataError, read_table, segments, stop
 from features import ArrayUnpickler, unpickle
 
 
-def _number(dtype: np.dtype, data: bytes) -> object:
-    """Make the number that numpy pickled as its bytes."""
-    if dtype.hasobject or not isinstance(data, bytes):
-        raise DataError("it holds a numpy scalar of objects, wanted numbers")
-    return np.frombuffer(data, dtype, 1)[0]
-
-
 class AnnotationUnpickler(ArrayUnpickler):
     """Admit single numpy numbers too: what arrays of objects may hold."""
 
     KNOWN = ArrayUnpickler.KNOWN | {
-        (f"numpy.{core}.multiarray", "scalar"): _number for core in ("core", "_core")
+        (f"numpy.{core}.multiarray", "scalar"): "_scalar" for core in ("core", "_core")
     }
+
+    def _scalar(self, dtype, content: bytes) -> np.generic:
+        return np.frombuffer(content, dtype.real(), 1)[0]  # which makes no objects of bytes
 
 
 def read_youcook2(folder: Path, bad: Callable = stop) -> dict[str, list[Clip]]:

@@ -708,6 +708,9 @@ def run(main: Callable[[], object]) -> None:
     """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # whoever reads our output, as head does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may exit write there
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what all ranks meet rank 0 says, and torchrun then ends the others

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return plain_tensors(path, load_file(path))
+        refuse_programs(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -64,6 +66,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
         raise DataError(f"{path}: not a plain file of tensors ({first_line(error)})") from None
     return plain_tensors(path, tensors)
+
+
+def refuse_programs(path: Path) -> None:
+    """Raise ValueError for a TorchScript program, a tar or a compressed file.
+
+    torch.load hands the first to be run and before torch 2.6 trusts the second, weights_only or
+    not; torch.save writes none of them, and a small file that unpacks to a huge one is no use.
+    """
+    if tarfile.is_tarfile(path):
+        raise ValueError("it is a tar file")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if any(member.filename.endswith("constants.pkl") for member in members):
+            raise ValueError("it is a TorchScript program")
+        if any(member.compress_type for member in members):
+            raise ValueError("it is compressed")
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
@@ -91,7 +110,8 @@ def plain_tensors(path: Path, found: object) -> dict[str, Tensor]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or what kind it is where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # behind advice to trust the file
+    return (text.strip() or type(error).__name__).splitlines()[0]
 
 
 def weights_file(path: str | Path) -> Path:
@@ -195,8 +215,11 @@ class Inert:
     __setstate__ = __setitem__ = append = extend = add = ignore
 
 
-class Harmless(pickle.Unpickler):
-    """Read a pickle of tensors and plain containers; every other name in it becomes `Inert`."""
+class Harmless(pickle._Unpickler):
+    """Read a pickle of tensors and plain containers; every other name in it becomes `Inert`.
+
+    It is pickle's reader in Python: the one in C makes room for four billion objects if told to.
+    """
 
     KNOWN = {
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -230,10 +253,7 @@ def read_mmpt(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):  # torch.load would hand TorchScript on to be run
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                    raise ValueError("it is a TorchScript program")
+        refuse_programs(path)
         # not torch's own unpickler, which would run the file, but Harmless: see _Pickle
         found = torch.load(path, map_location="cpu", pickle_module=_Pickle, weights_only=False)
     except FileNotFoundError:
@@ -282,7 +302,7 @@ def mmpt_config(path: str | Path, heads: int | None = None) -> dict:
             raise DataError(f"{path}: {name} is missing: not a checkpoint of VLM")
     layers = {k.split(".")[3] for k in shapes if k.startswith("bert.encoder.layer.")}
     W, D = shapes[table.format("word")]
-    K = shapes.get("classifier.weight", (0,))[0]
+    K = (*shapes.get("classifier.weight", ()), 0)[0]
     if K:
         stage, task = "fine-tuned", "segmentation"
     elif "cls.predictions.bias" in shapes or "cls.predictions.decoder.bias" in shapes:

@@ -492,7 +492,7 @@ def test_bad_data_stops_with_one_clear_line_where_it_is_read(spoilt):
         corpus.clips([(0, video, 0) for video in range(5)])
 
 
-@pytest.mark.parametrize("spoilt", set(SPOILT) - {"missing folder"}, indirect=True)
+@pytest.mark.parametrize("spoilt", sorted(set(SPOILT) - {"missing folder"}), indirect=True)
 def test_check_reports_bad_data_and_goes_on(spoilt, capsys):
     """`check` never stops at the first problem: exit code 1 and a count."""
     assert data.main(["check", str(spoilt[0])]) == 1
@@ -539,6 +539,27 @@ def test_bad_annotations_name_their_file_and_row(small_toy, tmp_path, file, old,
         bad = Bad()
         read(folder, bad)
         assert bad.messages
+
+
+def test_which_list_of_msrvtt_is_trained_on_is_never_a_guess(small_toy, tmp_path):
+    """The data comes with 7k and 9k lists: the first one by name is not what was meant."""
+    world = shutil.copytree(small_toy / "msrvtt", tmp_path / "msrvtt")
+    own, found = world / "MSRVTT_train.csv", read_msrvtt(world)
+    (world / "MSRVTT_train.7k.csv").write_text("video_id\nvideo0\n")
+    assert read_msrvtt(world) == found  # the one without a number comes first
+    own.rename(world / "MSRVTT_train.9k.csv")
+    message = (
+        r"there are MSRVTT_train.7k.csv and MSRVTT_train.9k.csv: copy the one to train on to M"
+    )
+    with pytest.raises(DataError, match=message):
+        read_msrvtt(world)
+    (world / "MSRVTT_train.7k.csv").unlink()
+    assert read_msrvtt(world) == found
+    (world / "MSRVTT_train.9k.csv").unlink()
+    with pytest.raises(
+        DataError, match=r"without MSRVTT_train.csv.*copy the benchmark's there .* or"
+    ):
+        read_msrvtt(world)
 
 
 @pytest.mark.parametrize("args", [["check", "nowhere"], ["pack", "nowhere", "--out", "x"]])

@@ -56,6 +56,51 @@ def test_a_malicious_pickle_is_refused_by_name_and_creates_nothing(arrays, tmp_p
     assert not mark.exists()
 
 
+class Forged:
+    """An array whose dtype, by its flags, says that objects are plain bytes."""
+
+    def __init__(self, dtype: str, flags: int, content: bytes | list):
+        self.dtype, self.flags, self.content = dtype, flags, content
+
+    def __reduce__(self):
+        make = np.empty(0).__reduce__()[0]
+        dtype = ForgedDtype(self.dtype, self.flags)
+        return make, (np.ndarray, (0,), b"b"), (1, (1, 1), dtype, False, self.content)
+
+
+class ForgedDtype(Forged):
+    def __init__(self, dtype: str, flags: int):
+        self.dtype, self.flags = dtype, flags
+
+    def __reduce__(self):
+        return np.dtype, (self.dtype, False, True), (3, "|", None, None, None, -1, -1, self.flags)
+
+
+@pytest.mark.parametrize("dtype, flags", [("O8", 0), ("f8", 63), ("O8", 63)])
+@pytest.mark.parametrize("content", [b"A" * 8, [1.0]], ids=str)
+def test_flags_of_a_forged_dtype_are_not_believed(tmp_path, dtype, flags, content):
+    """Reading such an array by numpy's own dtype ends the process; here it is an array or an error.
+
+    Either way what comes out is an array whose dtype is numpy's own.
+    """
+    path = tmp_path / "x.pickle"
+    path.write_bytes(pickle.dumps({"v": Forged(dtype, flags, content)}))
+    try:
+        x = read_pickle(path)["v"]
+    except DataError as error:
+        assert "not a whole pickle" in str(error)
+    else:
+        assert x.dtype == np.dtype(dtype) and x.dtype.flags == np.dtype(dtype).flags
+        assert type(x) is np.ndarray and (x.dtype != object or x.tolist() == [[1.0]])
+
+
+def test_a_dtype_with_fields_is_refused(tmp_path):
+    path = tmp_path / "x.pickle"
+    path.write_bytes(pickle.dumps({"v": np.zeros(3, [("a", "f4"), ("b", "O")])}))
+    with pytest.raises(DataError, match="refused: it holds an array of 'V[0-9]*', wanted numbers"):
+        read_pickle(path)
+
+
 BAD = {
     "not a whole pickle": b"",
     "not a whole pickle ": b"hello",

@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -158,6 +159,12 @@ def test_convert_writes_a_run_directory(fairseq, small_toy, tmp_path, capsys):
     assert loaded.config.data == "the authors' release"
     with pytest.raises(ValueError, match="--out .* is not empty"):
         vlm.main([*args, str(tmp_path / "run")])
+    vlm.main(["convert", str(path), "--heads", "3", "--out", str(tmp_path / "bare")])
+    assert "copy the vocabulary it was trained with, vocab.txt, into" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="bare: wanted tokenizer.json or vocab.txt, found neither"):
+        load_run(tmp_path / "bare")
+    shutil.copy(small_toy / "tokenizer.json", tmp_path / "bare")
+    assert torch.equal(outputs(load_run(tmp_path / "bare")[0])[0], outputs(model)[0])
     other = fairseq(released(make()))
     with pytest.raises(ValueError, match="word pieces, the checkpoint 110: they are not a pair"):
         vlm.main(["convert", str(other), *args[2:], str(tmp_path / "more")])
