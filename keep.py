@@ -79,8 +79,23 @@ class Stop:
             self.at_once = False
 
 
-def ignore_signals(_: int = 0) -> None:
-    """Let a loader process leave signals to its parent, which still wants the step's batches."""
+@contextlib.contextmanager
+def deaf_children():
+    """Let processes started in here leave signals to their parent, which still wants their work.
+
+    They inherit what is blocked; to ignore signals once they run would come too late for some.
+    """
+    block = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
+    names = {signal.SIGTERM, signal.SIGINT}
+    block(getattr(signal, "SIG_BLOCK", 0), names)
+    try:
+        yield
+    finally:
+        block(getattr(signal, "SIG_UNBLOCK", 0), names)
+
+
+def ignore_signals() -> None:
+    """Ignore them from now on."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

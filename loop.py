@@ -38,6 +38,7 @@ from keep import (
     Progress,
     Stop,
     Stopped,
+    deaf_children,
     differences,
     ignore_signals,
     last_checkpoint,
@@ -509,7 +510,8 @@ def fit(
 
     if not path.exists():  # a disk that cannot take it says so now, and --resume always can
         ranks.first(keep)
-    loader = iter(DataLoader(steps, None, num_workers=cfg.workers, worker_init_fn=ignore_signals))
+    with deaf_children():
+        loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):

@@ -6,7 +6,8 @@
     torchrun train.py --resume --out runs/toy          goes on where a run stopped, bit for bit
 
 A run directory holds model.safetensors, config.json, tokenizer.json (the model), trainer.pt (all
-that resuming needs) and log.jsonl (what was printed; its last line is the summary).
+that resuming needs, from before the first step on), log.jsonl (what was printed; its last line is
+the summary) and lock (who writes here).
 
 Without --steps and --epochs: the toy world takes 1,000 steps of 32 clips, 2 of a video, without
 dropout; other data the paper's 15 epochs of 256 clips, 32 of a video. The loop itself, with ranks,
