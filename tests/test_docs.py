@@ -139,7 +139,8 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
 
 COUNTED = re.compile(  # what a number may be a number of
     r"clips|steps?\b|seconds|pieces|layers|hidden size|share|dropout|passes|micro-batches|rate|"
-    r"norm|seed|processes|items|videos|tokens|heads|MB|runs|rows|sentences|mistakes|beams|test clip|weights"
+    r"norm|seed|processes|items|videos|tokens|heads|MB|runs|rows|sentences|mistakes|beams|"
+    r"test clip|weights"
 )
 
 
