@@ -250,6 +250,8 @@ def test_readme_names_code_and_tests_that_are_there():
             marker = re.fullmatch(r"pytest -m (\w+)", name)
             wanted = f"pytest.mark.{marker[1]}" if marker else f"def {name}("
             assert wanted in TESTS, f"{paper}: there is no {name}"
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in TESTS, f"there is no {name}"
 
 
 def test_readme_says_where_each_part_of_the_paper_is():
@@ -314,7 +316,7 @@ def test_every_command_that_is_written_down_is_one_that_is_understood(where, par
 def test_every_flag_that_readme_names_exists(parsers):
     known = {flag for parser in parsers.values() for a in parser._actions
              for flag in a.option_strings}  # fmt: skip
-    others = {"--no-deps", "--nproc_per_node"}  # pip's, torchrun's
+    others = {"--no-deps", "--nproc_per_node", "--kills"}  # pip's, torchrun's, tests/kill.py's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README))
     assert len(named) > 30 and not named - known - others, named - known - others
 
