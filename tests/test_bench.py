@@ -74,6 +74,7 @@ def test_both_are_timed_in_turn():
     assert "".join(seen) == "abababab"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, names",
     [("encode", ["encode", "contrast"]), ("data", ["data", "data wide", "data share"])],

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import bench
+import scale
 from data import Captions
 
 REPO = Path(__file__).resolve().parents[1]
@@ -30,10 +31,10 @@ def test_opening_a_corpus_holds_no_features_and_no_captions(tmp_path, shards):
 
     Catches a store that reads what it should map, and a draw that reads a video whole.
     """
-    bench.write_corpus(tmp_path / "corpus", videos=20, shards=shards, E=1024)
-    bench.open_root(tmp_path / "corpus").step(0, 2)  # whatever is made once is made
+    scale.write_corpus(tmp_path / "corpus", videos=20, shards=shards, E=1024)
+    scale.open_root(tmp_path / "corpus").step(0, 2)  # whatever is made once is made
     tracemalloc.start()
-    corpus = bench.open_root(tmp_path / "corpus")
+    corpus = scale.open_root(tmp_path / "corpus")
     opened = tracemalloc.get_traced_memory()[1]
     corpus.clips([(0, 0, 0)])
     drawn = tracemalloc.get_traced_memory()[1]
@@ -51,9 +52,9 @@ def test_opening_a_corpus_holds_no_features_and_no_captions(tmp_path, shards):
 @pytest.mark.parametrize("shards", [1, 7])
 def test_shards_and_files_give_the_same_clips(tmp_path, shards):
     """Where a video lies changes nothing."""
-    bench.write_corpus(tmp_path / "a", videos=9, shards=0, E=8)
-    bench.write_corpus(tmp_path / "b", videos=9, shards=shards, E=8)
-    a, b = (bench.open_root(tmp_path / x).step(3, 64) for x in "ab")
+    scale.write_corpus(tmp_path / "a", videos=9, shards=0, E=8)
+    scale.write_corpus(tmp_path / "b", videos=9, shards=shards, E=8)
+    a, b = (scale.open_root(tmp_path / x).step(3, 64) for x in "ab")
     assert all(torch.equal(x, y) for x, y in zip(a.fields()[:7], b.fields()[:7], strict=True))
 
 
@@ -62,8 +63,8 @@ def test_shards_and_files_give_the_same_clips(tmp_path, shards):
 
 def test_the_synthetic_corpus_has_howto100ms_proportions(tmp_path):
     """110 captions and 390 seconds a video, at 2.4 word pieces a second (sec. 5.1.1)."""
-    bench.write_corpus(tmp_path / "corpus", videos=3, shards=2, E=4)
-    corpus = bench.open_root(tmp_path / "corpus")
+    scale.write_corpus(tmp_path / "corpus", videos=3, shards=2, E=4)
+    corpus = scale.open_root(tmp_path / "corpus")
     cap = corpus.captions
     assert np.diff(cap.first_caption).tolist() == [110, 110, 110]
     assert len(corpus.features.open(corpus.ids[2])) == 390 == cap.end.max()
@@ -73,15 +74,15 @@ def test_the_synthetic_corpus_has_howto100ms_proportions(tmp_path):
 
 def test_a_clips_cost_is_measured_over_videos_and_shards(tmp_path):
     """A short form; times are not tested."""
-    rows = bench.flat(tmp_path, argparse.Namespace(videos=300, repeat=1))
+    rows = scale.flat(tmp_path, argparse.Namespace(videos=300, repeat=1))
     assert [r["name"] for r in rows] == ["videos", "shards"]
     assert all(r["ratio"] > 0 and r["unit"] == "clips/s" for r in rows)
 
 
 def test_a_fresh_process_reports_its_memory(tmp_path):
     """Seconds, the peak, and what is still held: in that order, and never more than the peak."""
-    bench.write_corpus(tmp_path / "corpus", videos=5, shards=2, E=4)
-    seconds, peak, held = bench.first_batch(tmp_path / "corpus")
+    scale.write_corpus(tmp_path / "corpus", videos=5, shards=2, E=4)
+    seconds, peak, held = scale.first_batch(tmp_path / "corpus")
     assert seconds > 0 and 50 < held <= peak < 2000
 
 

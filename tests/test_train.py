@@ -57,7 +57,7 @@ def same_numbers(a: list[dict], b: list[dict]) -> bool:
 # ---- who computes what changes nothing
 
 
-@pytest.mark.parametrize("loss", ["vlm", "mfm-mlm"])
+@pytest.mark.parametrize("loss", ["vlm", pytest.param("mfm-mlm", marks=pytest.mark.slow)])
 def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
     """Catches a V' that is not gathered, a gather without gradients, a mean of means.
 

@@ -58,6 +58,7 @@ def test_the_clips_are_those_of_youcook2s_own_files(small_toy, world):
         read_youcook2(world)  # YouCook2's own file comes first
 
 
+@pytest.mark.slow
 def test_a_run_is_fine_tuned_and_tested_from_univls_files_alone(small_toy, world, tmp_path):
     """The same table as from YouCook2's own files and a folder of features, to the last digit."""
     sizes = dict(width=32, layers=1, batch=8, steps=1)
