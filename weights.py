@@ -114,7 +114,7 @@ def first_line(error: BaseException) -> str:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Find the weights in a Hugging Face directory (or ValueError), or take a file as it is."""
+    """Find the weights in a Hugging Face directory (or DataError), or take a file as it is."""
     path = Path(path)
     if not path.is_dir():
         return path
