@@ -109,6 +109,12 @@ def check_narration(
     print(f"captions    {len(captions.ids)} videos, {C} captions, {captions.words} words")
     print(f"            {captions.removed} words ({share:.1%}) removed as repeats")
     counts = np.diff(captions.first_caption)
+    for first, n in zip(captions.first_caption, counts, strict=False):
+        rows = np.arange(first, first + n)  # one video's; packed ones were not looked at so far
+        try:
+            captions.check(rows, rows + 1, tokenizer.get_vocab_size())
+        except DataError as error:
+            bad(str(error))
     if store:
         seen = [i for i, v in enumerate(captions.ids) if v in store and counts[i]]
         late = total = 0

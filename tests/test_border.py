@@ -297,7 +297,7 @@ def test_a_packed_index_without_ids_is_refused(packed, key, value):
     [("tokens", 60000), ("start", np.nan), ("end", 1e300), ("start", -5.0), ("first_token", 2**62),
      ("first_token", -3)],
 )  # fmt: skip
-def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, value):
+def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, value, capsys):
     """Opening reads the small index alone (11 million captions in under 10 s); drawing looks."""
     path = packed / "captions" / f"{name}.npy"
     x = np.load(path)
@@ -307,6 +307,7 @@ def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, va
     with pytest.raises(DataError, match="captions of how_train_.* are damaged"):
         for step in range(5):
             corpus.step(step, 32)
+    assert data.main(["check", str(packed)]) == 1 and "are damaged" in capsys.readouterr().out
 
 
 # ---- weights, vocabularies, configurations

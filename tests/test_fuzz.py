@@ -1,6 +1,6 @@
 """Damaged files at every door: each is read rightly, or refused in one line that names it.
 
-    pytest tests/test_fuzz.py                          40 damaged files a reader (half a minute)
+    pytest tests/test_fuzz.py                          30 damaged files a reader (half a minute)
     VLM_FUZZ=2000 pytest tests/test_fuzz.py -k coin    as many as one likes; VLM_FUZZ_SEED: others
 
 Never another exception, a hang, a gigabyte of memory, or a file outside the output folder. What the
@@ -38,7 +38,7 @@ from toy import write_toy
 from vlm import VLM, VLMConfig, load_bert, load_mmpt, load_run, load_tokenizer, save_run
 from weights import mmpt_config
 
-COUNT = int(os.environ.get("VLM_FUZZ", 40))
+COUNT = int(os.environ.get("VLM_FUZZ", 30))
 SEED = int(os.environ.get("VLM_FUZZ_SEED", 0))
 KEPT = Path(tempfile.gettempdir()) / "vlm-fuzz"  # what a reader got wrong
 SECONDS, MEMORY = 10, 2**30  # for one damaged file; for all of a reader
