@@ -158,7 +158,7 @@ class Captions:
                 for n in cls.ARRAYS
             }
             first_caption, start, end, first_token, tokens = arrays.values()
-            kinds = [f"{x.dtype.str[1:]}" for x in arrays.values()]
+            kinds = [x.dtype.str[1:] for x in arrays.values()]
         except Exception as error:  # numpy fails in as many ways as a header can be damaged
             raise DataError(f"{folder}: not whole ({first_line(error)}): pack again") from None
         fits = all(x.ndim == 1 for x in arrays.values()) and len(first_caption) == len(ids) + 1

@@ -8,8 +8,10 @@ long form found is kept by name in test_border.py.
 """
 
 import gzip
+import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -17,12 +19,15 @@ import signal
 import tempfile
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import safetensors.torch
 import torch
 
 import data
@@ -269,24 +274,12 @@ def world(tmp_path_factory) -> Path:
         (root / name).mkdir()
     for video, x in arrays.items():
         np.save(root / "npy" / f"{video}.npy", x)
-    data_save(arrays, root / "shards" / "shard-00000.safetensors")
-    (root / "pickle" / "x.pickle").write_bytes(pickled(arrays))
+    safetensors.numpy.save_file(arrays, root / "shards" / "shard-00000.safetensors")
+    (root / "pickle" / "x.pickle").write_bytes(pickle.dumps(arrays, 2))
     write_vocabularies(root)
     write_weights(root)
     write_captions(root)
     return root
-
-
-def data_save(arrays: dict, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(arrays, path)
-
-
-def pickled(arrays: dict) -> bytes:
-    import pickle
-
-    return pickle.dumps(arrays, 2)
 
 
 def write_vocabularies(root: Path) -> None:
@@ -307,9 +300,7 @@ def write_weights(root: Path) -> None:
     model = VLM(VLMConfig(vocab_size=30, **TOKENS, **SIZES))
     state = {k: x for k, x in model.state_dict().items() if k.startswith(("bert.", "cls."))}
     (root / "safetensors").mkdir()
-    from safetensors.torch import save_file
-
-    save_file(state, root / "safetensors" / "model.safetensors")
+    safetensors.torch.save_file(state, root / "safetensors" / "model.safetensors")
     whole = {"model": {f"mmmodel.mm_encoder.{k}": x for k, x in model.state_dict().items()}}
     trainer = {"model": state, "optimizer": {}, "step": 3, "config": {}, "scaler": {}}
     for old, name in ((False, ""), (True, " legacy")):
@@ -324,9 +315,6 @@ def write_weights(root: Path) -> None:
 
 def write_captions(root: Path) -> None:
     """Caption files in four forms, and METEOR's word lists."""
-    import json
-    import zipfile
-
     rows = [{"image_id": i, "caption": f"Cut the onion, {i} times."} for i in range(3)]
     kept = {str(i): ["cut it", f"slice the onion {i}"] for i in range(3)}
     steps = [{"id": i, "segment": [0, 2], "sentence": "dice the (red) onion"} for i in range(2)]
