@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from weights import first_line, write_aside
+from weights import first_line, refuse_programs, write_aside
 
 # ---------------------------------------------------------------------------------------------
 # Signals, and two runs in one directory
@@ -236,6 +236,7 @@ def differences(state: dict, facts: dict) -> list[str]:
 def read_checkpoint(path: Path) -> dict:
     """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole."""
     try:
+        refuse_programs(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no checkpoint to resume from, the run was not begun") from None
