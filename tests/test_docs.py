@@ -281,7 +281,8 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
 
 def arguments(command: str, parsers: dict) -> tuple[argparse.ArgumentParser, list[str]] | None:
     """Find a command's parser and arguments; placeholders become something that it can read."""
-    words = [w for w in shlex.split(command)[1:] if not w.startswith("--nproc")]
+    launcher = ("--nproc", "--nnodes", "--rdzv")
+    words = [w for w in shlex.split(command)[1:] if not w.startswith(launcher)]
     if words[0] not in FILES:
         return None  # python -m, python -c
     swap = {"TASK": "retrieval", "VIDEO_OR_FOLDER..": "x.mp4", "VIDEO..": "x.mp4"}
@@ -316,7 +317,8 @@ def test_every_command_that_is_written_down_is_one_that_is_understood(where, par
 def test_every_flag_that_readme_names_exists(parsers):
     known = {flag for parser in parsers.values() for a in parser._actions
              for flag in a.option_strings}  # fmt: skip
-    others = {"--no-deps", "--nproc_per_node", "--kills"}  # pip's, torchrun's, tests/kill.py's
+    others = {"--no-deps", "--kills"}  # pip's, tests/kill.py's; then torchrun's
+    others |= {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README))
     assert len(named) > 30 and not named - known - others, named - known - others
 
