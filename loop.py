@@ -462,11 +462,8 @@ def fit(
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
     # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
-    groups, peaks = [{"params": params}], [cfg.lr]
-    if cfg.mlp_lr not in (None, cfg.lr):
-        mlp = set(model.videomlp.parameters())
-        groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
-        peaks.append(cfg.mlp_lr)
+    mlp = set(model.videomlp.parameters())
+    groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
     optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
     facts = facts | {"parameters": sum(p.numel() for p in params)}
@@ -514,7 +511,7 @@ def fit(
         loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        for group, peak in zip(optimizer.param_groups, (cfg.lr, cfg.mlp_lr), strict=True):
             group["lr"] = learning_rate(step, cfg, peak)
         torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 

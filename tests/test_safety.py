@@ -29,6 +29,7 @@ from keep import Stop, Stopped, read_checkpoint, read_log
 from loop import Ranks, launch
 from tests import kill
 from tests.fixtures.make_run import DATA, answers
+from tests.test_train import poison
 from toy import write_toy
 from train import TrainConfig, main
 from vlm import load_run
@@ -418,19 +419,6 @@ def test_all_ranks_skip_a_step_that_is_bad_on_one(two):
 
 
 # ---- numbers go bad
-
-
-def poison(monkeypatch, bad: set[int]) -> None:
-    """Make the video of some steps infinite, past the store's own check."""
-    get = loop.Steps.__getitem__
-
-    def spoil(self, i):
-        batch = get(self, i)
-        if self.start + i // self.accumulate in bad:
-            batch.video = batch.video * math.inf
-        return batch
-
-    monkeypatch.setattr(loop.Steps, "__getitem__", spoil)
 
 
 def test_skipped_steps_are_counted_in_the_summary_across_a_resume(
