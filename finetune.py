@@ -112,8 +112,8 @@ def draw_items(
     """Draw the items of a step for each of `parts` (ranks x micro-batches).
 
     An epoch takes one item of each group, in an order and by a choice that (seed, epoch) decide, in
-    batches as even as can be: every group once, none twice in a batch. With `join` above 1 that
-    item's text goes on with the group's next ones, from the last to the first.
+    batches as even as can be: every group once, none twice in a batch. With `join` above 1 an
+    item's text is so many of its group's: `tasks.joined`.
     """
     epoch, i = divmod(step, math.ceil(len(train) / batch))
     g = generator(seed, epoch)
