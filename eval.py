@@ -564,15 +564,36 @@ def draws(corpus: Corpus, clips: int, skip_bad: bool) -> Iterator[Batch]:
                     yield corpus.step(n, 1)
 
 
+QUESTION = 8  # word pieces of the texts that text_mean averages: the shortest clips' (sec. 5.2)
+
+
+def beginnings(text: Tensor, text_valid: Tensor, sep: int, n: int) -> tuple[Tensor, Tensor]:
+    """Cut texts (B, T) with their [SEP], text_valid (B, T), to their first n word pieces and [SEP].
+
+    >>> [x.tolist() for x in beginnings(torch.tensor([[7, 8, 9, 3]]), torch.ones(1, 4) > 0, 3, 2)]
+    [[[7, 8, 3]], [[True, True, True]]]
+    """
+    text, text_valid = text[:, : n + 1], text_valid[:, : n + 1]
+    last = torch.arange(text.shape[1], device=text.device) == text_valid.sum(1, keepdim=True) - 1
+    return text.masked_fill(last, sep), text_valid
+
+
 @torch.no_grad()
 def set_means(model: VLM, corpus: Corpus, clips: int = 2048, skip_bad: bool = False) -> None:
-    """Fill the means of embed_video and embed_text over training clips, for the centred cosine."""
+    """Fill the means of embed_video and embed_text over training clips, for the centred cosine.
+
+    Their texts are cut to the length of a question. An embedding also tells how long its text is: a
+    narration's 8 to 64 pieces have another mean than a sentence's few, and that difference, which
+    has another direction in every run, would stay in all questions and outweigh what they ask.
+    """
     model.eval()
-    corpus, device = dataclasses.replace(corpus, mmm=0.0), model.video_mean.device
+    corpus = dataclasses.replace(corpus, mmm=0.0, clips_per_video=1)  # of as many videos as may be
+    device = model.video_mean.device
     text, video = [], []
     for batch in draws(corpus, clips, skip_bad):
         batch = batch.to(device)
-        text.append(model.embed_text(batch.text_target, batch.text_valid))
+        whole = batch.text_target, batch.text_valid
+        text.append(model.embed_text(*beginnings(*whole, model.config.sep_token_id, QUESTION)))
         video.append(model.embed_video(batch.video, batch.video_valid))
     model.text_mean.copy_(torch.cat(text).mean(0))
     model.video_mean.copy_(torch.cat(video).mean(0))

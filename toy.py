@@ -135,17 +135,20 @@ class World:
             while now < shot.end - 1:
                 chatty = self.rng.random() < 0.12
                 words = (self.pick(CHATTER) if chatty else self.narrate(chosen)).split()
-                end = now + len(words) / PIECES_PER_SECOND
-                start = now
-                if last and self.rng.random() < 0.4:  # the end of the caption before, said again
-                    again = last[-int(self.rng.integers(2, 5)) :]
-                    start = max(0.0, now - len(again) / PIECES_PER_SECOND)
-                    words = again + words
-                if start < seconds:
-                    out["start"].append(round(start, 2))
-                    out["end"].append(round(min(end, seconds), 2))
-                    out["text"].append(" ".join(words))
-                now, last = end, words
+                while words:  # a line breaks anywhere, as in automatic captions
+                    n = int(self.rng.integers(5, 11))
+                    line, words = words[:n], words[n:]
+                    end = now + len(line) / PIECES_PER_SECOND
+                    start = now
+                    if last and self.rng.random() < 0.4:  # the end of the one before, said again
+                        again = last[-int(self.rng.integers(2, 5)) :]
+                        start = max(0.0, now - len(again) / PIECES_PER_SECOND)
+                        line = again + line
+                    if start < seconds:
+                        out["start"].append(round(start, 2))
+                        out["end"].append(round(min(end, seconds), 2))
+                        out["text"].append(" ".join(line))
+                    now, last = end, line
         return out
 
 

@@ -275,7 +275,7 @@ class VLM(nn.Module):
         self.cls = nn.ModuleDict({"predictions": PredictionHead(config)})
         K = config.num_labels
         self.classifier = nn.Linear(config.hidden_size, K) if K else None
-        # Means of embed_video and embed_text over training clips, for the centred cosine.
+        # Means of embed_video and embed_text over training clips (eval.set_means): centred cosine.
         self.register_buffer("video_mean", torch.zeros(config.hidden_size))
         self.register_buffer("text_mean", torch.zeros(config.hidden_size))
         self.apply(self._init)

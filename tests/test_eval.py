@@ -101,12 +101,17 @@ def test_clips_are_embedded_alike_in_batches_of_any_size(small):
 
 
 def test_means_are_of_training_clips_and_centring_takes_them_away(small):
-    """The centred training clips average to nothing before they are scaled to length 1."""
+    """Centred, training clips whose texts are as short as questions average to nothing."""
     model, tokenizer, corpus = small
     set_means(model, corpus, clips=64)
-    batch = dataclasses.replace(corpus, mmm=0.0).step(0, 64)
+    batch = dataclasses.replace(corpus, mmm=0.0, clips_per_video=1).step(0, 64)
+    sep = model.config.sep_token_id
     with torch.no_grad():
-        text = model.embed_text(batch.text_target, batch.text_valid)
+        text = []
+        for ids, valid in zip(batch.text_target, batch.text_valid, strict=True):
+            cut = torch.tensor([[*[i for i in ids[valid].tolist() if i != sep][:8], sep]])
+            text.append(model.embed_text(cut, torch.ones_like(cut, dtype=torch.bool)))
+        text = torch.cat(text)
         video = model.embed_video(batch.video, batch.video_valid)
     assert torch.allclose(model.text_mean, text.mean(0), atol=1e-6)
     assert torch.allclose(model.video_mean, video.mean(0), atol=1e-6)
