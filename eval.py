@@ -237,7 +237,8 @@ def answer_segmentation(model, tokenizer, features, items, options: Options) -> 
     guesses = []
     for item in items:
         h = read_video(model, features, item.clip.video, options.stride)
-        guesses.append(model.classifier(h).argmax(1).cpu().numpy())  # averaged h, averaged logits
+        # states averaged over windows, and by that their logits: as VLM.segment does
+        guesses.append(model.classifier(h).argmax(1).cpu().numpy())
     labels = model.config.labels or [str(k) for k in range(model.config.num_labels)]
     predictions = {
         item.clip.video: [labels[k] for k in guess]
@@ -456,11 +457,14 @@ def known(row: dict[str, float]) -> dict[str, float | None]:
 def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> Report:
     """Answer a task's test items and set the score beside chance, a constant and the paper.
 
-    Raises: ValueError for segmentation by a run without a classifier.
+    Raises: ValueError for segmentation by a run without a classifier, or with another one.
     """
     c = model.config
     if task.name == "segmentation" and not c.num_labels:
         raise ValueError("this run has no classifier: torchrun finetune.py segmentation makes one")
+    if task.name == "segmentation" and c.num_labels != len(task.labels):
+        raise ValueError(f"this run tells {c.num_labels} labels apart, the data has "
+                         f"{len(task.labels)}: they are not a pair")  # fmt: skip
     model.eval()
     answers = ANSWER[task.name](model, tokenizer, task.features, task.test, options)
     key = task.name, task.dataset

@@ -1,6 +1,6 @@
 """Fine-tune VLM on one of five tasks (sec. 4), with nothing changed but the attention mask.
 
-    torchrun finetune.py retrieval                  toy world, from train.py's run: about a minute
+    torchrun finetune.py retrieval                 toy world, from train.py's run: half a minute
     torchrun finetune.py captioning --data DATA --init RUN                    your own data and run
     torchrun --nproc_per_node=8 finetune.py qa --data MSRVTT --bert BERT      no pre-training at all
 
@@ -17,6 +17,7 @@ Without --steps and --epochs: 10 epochs and at least 300 steps, of 128 clips (re
 (captioning), or 32 and 16 windows (segmentation, localization); less on the toy world.
 """
 
+import dataclasses
 import math
 import shlex
 import time
@@ -46,7 +47,7 @@ from train import (
     run_directory,
     stopped,
 )
-from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run
+from vlm import VLM, Batch, LossSums, VLMConfig, read_tensors, run, save_run, wide
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -156,8 +157,8 @@ def contrast(query: Tensor, key: Tensor, gather: Callable) -> LossSums:
     """
     pool = gather(key)
     with torch.autocast(query.device.type, enabled=False):  # no rounding of large dot products
-        scores = query.float() @ pool.float().T  # (B, all ranks' B)
-        own = (query.float() * key.float()).sum(1)
+        scores = wide(query) @ wide(pool).T  # (B, all ranks' B)
+        own = (wide(query) * wide(key)).sum(1)
     return sums("text", (scores.logsumexp(1) - own).sum(), len(query), math.log(len(pool)))
 
 
@@ -176,7 +177,7 @@ def qa_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
 def segmentation_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
     """Cross-entropy of each second's label over K labels (sec. 4.2)."""
     asked = batch.label >= 0
-    logits = model.segment(batch.video, batch.video_valid)[asked].float()  # (seconds, K)
+    logits = wide(model.segment(batch.video, batch.video_valid)[asked])  # (seconds, K)
     value = F.cross_entropy(logits, batch.label[asked], reduction="sum")
     return sums("video", value, int(asked.sum()), math.log(logits.shape[1]))
 
@@ -187,8 +188,8 @@ def localization_loss(model: VLM, batch: Batch, gather: Callable) -> LossSums:
     steps = model.embed_text(batch.text, batch.text_valid)  # (S, D)
     asked = batch.label >= 0
     with torch.autocast(h.device.type, enabled=False):
-        logits = (h.float() @ steps.float().T)[asked]
-    shown = batch.label[asked].float()
+        logits = (wide(h) @ wide(steps).T)[asked]
+    shown = batch.label[asked].to(logits)
     value = F.binary_cross_entropy_with_logits(logits, shown, reduction="sum")
     return sums("video", value, int(asked.sum()), math.log(2))
 
@@ -248,6 +249,7 @@ class Best:
     tokenizer: Tokenizer
     ranks: Ranks
     out: Path
+    options: Options  # the test's; an epoch is tried with them too, but by greedy search
     epoch: int  # steps
     last: int  # step
     best: float = -math.inf
@@ -264,7 +266,7 @@ class Best:
             return False
         begun = time.monotonic()
         self.model.eval()
-        answer, greedy = ANSWER[self.task.name], Options(beams=1)
+        answer, greedy = ANSWER[self.task.name], dataclasses.replace(self.options, beams=1)
         found = answer(self.model, self.tokenizer, self.task.features, self.task.val, greedy)
         metric, value = quality(self.task.name, next(iter(found.rows.values())))
         better = value >= self.best  # of equal ones the later
@@ -286,12 +288,14 @@ class Best:
 def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokenizer]:
     """Make the model to fine-tune: weights, classifier, and which parameters the task trains."""
     model, tokenizer = make_model(cfg, task.features.width, say)
-    if model.config.labels != task.labels:
+    c = model.config
+    if c.num_labels == len(task.labels) and not c.labels:  # a release names no labels: in our order
+        c.labels = list(task.labels)
+    if c.labels != task.labels:
         torch.manual_seed(cfg.seed)
         model.set_labels(task.labels)
     # what a loss never reads, DDP must not wait for: the MLM head is the captioner's alone
     model.cls.requires_grad_(cfg.task == "captioning")
-    c = model.config
     c.stage, c.task, c.data = (
         "fine-tuned",
         cfg.task,
@@ -314,8 +318,8 @@ def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
     """Open the task's data, cut to --limit; ValueError for too few items."""
     features = open_features(cfg.data, cfg.features)
     task = open_task(
-        cfg.task, cfg.data, features, cfg.dataset, cfg.skip_bad, cfg.held_out, (), cfg.stride,
-        cfg.train_videos, cfg.seed, cfg.join_captions,
+        cfg.task, cfg.data, features, cfg.dataset, cfg.skip_bad, cfg.held_out, stride=cfg.stride,
+        train_videos=cfg.train_videos, seed=cfg.seed, join=cfg.join_captions,
     )  # fmt: skip
     ranks.say("\n".join(task.said))
     if cfg.limit and cfg.limit < len(task.train):
@@ -346,7 +350,8 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
     out = run_directory(cfg, ranks)
     cfg.out = str(out)
     model.to(ranks.device)
-    best = Best(task, model, tokenizer, ranks, out, epoch, cfg.steps)
+    options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
+    best = Best(task, model, tokenizer, ranks, out, options, epoch=epoch, last=cfg.steps)
     ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips, {epoch} an epoch")
 
     def loss(model: VLM, batch: Batch) -> LossSums:
@@ -385,10 +390,9 @@ def finish(cfg: TuneConfig, ranks: Ranks, best: Best, reached: Progress) -> dict
         ranks.say(f"\nthe best epoch ended with step {best.at}")
     else:
         best.save()
-    options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
     ranks.go_on()
     with ranks.stop.soon():
-        report = evaluate(model, tokenizer, task, options)
+        report = evaluate(model, tokenizer, task, best.options)
     ranks.say(f"\n{report}")
     summary = {"final": True, "steps": cfg.steps, **report.to_json()}
     summary |= {"best_step": best.at, "held_out": best.best if best.at else None}
@@ -402,7 +406,7 @@ def pre_trained(cfg: TuneConfig) -> Path:
     Raises: ValueError when there is none, with what to do.
     """
     try:
-        return newest_run(LoopConfig(data=cfg.data))
+        return newest_run(LoopConfig(data=cfg.data), finished=True)
     except ValueError:
         advice = (
             "torchrun train.py makes one" if is_toy(cfg.data) else "pass --init RUN or --bert DIR"

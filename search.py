@@ -69,9 +69,9 @@ def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
 
 def spaces(model: VLM, text: Tensor, video: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the spaces to compare text, video (N, D) in: the paper's and, before fine-tuning, the
-    centred one, each {name: (text, video)}."""
+    centred one, each {name: (text, video)}. A converted or unfinished run has no means for that."""
     out = {"dot product": (text, video)}
-    if model.config.stage == "pre-trained":
+    if model.config.stage == "pre-trained" and model.text_mean.any():
         out["centred cosine"] = centre(model, text, video)
     return out
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks import DataError
 from data import Corpus, Data, open_data, open_features, special_ids
 from eval import set_means, validate, zero_shot_retrieval
-from keep import Progress, Stopped, append, fingerprint, hold, read_checkpoint
+from keep import Progress, Stopped, append, fingerprint, hold, read_checkpoint, read_log
 from loop import LoopConfig, Ranks, clock, fit, launch, opt, start_ranks
 from toy import write_toy
 from vlm import VLM, Batch, LossSums, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
@@ -72,7 +72,7 @@ class TrainConfig(LoopConfig):
 
 
 TOY = dict(steps=1000, batch=32, clips_per_video=2, dropout=0.0)
-PAPER = dict(epochs=15, batch=256, clips_per_video=32)  # lr and warm-up: see `fill_in`
+PAPER = dict(epochs=15, batch=256, clips_per_video=32)  # sec. 5.2; lr and warm-up: `fill_in`
 MADE = ("bert", "scratch", "init", "layers", "width", "loss", "dataset")  # a resumed run has these
 
 
@@ -137,10 +137,12 @@ def is_toy(data: str) -> bool:
     return (Path(data) / "toy.json").exists() or (data == "toy" and not Path(data).exists())
 
 
-def newest_run(cfg: LoopConfig) -> Path:
+def newest_run(cfg: LoopConfig, finished: bool = False) -> Path:
     """Find the newest run of this name, which --resume without --out means; ValueError if none."""
     named = re.compile(re.escape(cfg.name) + r"(-\d+)?")
     runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named.fullmatch(p.parent.name)]
+    if finished:  # the last line of its log is then its summary
+        runs = [run for run in runs if any("final" in x for x in read_log(run / "log.jsonl")[-1:])]
     if not runs:
         raise ValueError("--resume: no run with a trainer.pt under runs/; name one with --out")
     return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
@@ -282,8 +284,9 @@ def pre_train(cfg: TrainConfig, ranks: Ranks) -> dict:
     fill_in(cfg, model, len(data.train.ids) * cfg.clips_per_video / cfg.batch)
     out = run_directory(cfg, ranks)
     cfg.out = str(out)
+    # What a loss never reads, DDP must not wait for: a classifier of --init, and biases in Eq. 9.
+    model.set_labels([])
     model.to(ranks.device)
-    # Eq. 9 has no biases: what a loss never reads, DDP must not wait for.
     model.cls["predictions"].bias.requires_grad_(cfg.loss == "mfm-mlm")
     c = model.config
     c.stage, c.task, c.data = "pre-trained", cfg.loss, cfg.name

@@ -5,8 +5,8 @@
     segment    0      0              0       1 ..
 
 Sec. 3 and 4, to be read from top to bottom: a batch, attention masks (Figure 3), what VLM adds to
-BERT (bert.py), Eq. 9, the whole model: encoding, captions, both pre-training losses. Files:
-weights.py.
+BERT (bert.py), Eq. 9, the whole model: encoding, captions, both pre-training losses. Which tokens
+are hidden (sec. 3.2, 3.3, Figure 2) says data.hide; weights come and go through weights.py.
 
     python vlm.py masks                 draws the six attention masks in the terminal (instantly)
     python vlm.py convert CHECKPOINT --bert BERT --out RUN      the authors' release as a run
@@ -91,6 +91,8 @@ class Batch:
 # ---------------------------------------------------------------------------------------------
 # Attention masks (Figure 3): one isolated mask used four ways, one triangle, one full square
 
+# Sec. 4.2-4.4 put a dummy token beside a lone modality. It stands in the other square, which nobody
+# of this one looks at: encode_video and encode_text leave it out (footnote 2).
 ISOLATED = ("retrieval", "segmentation", "localization", "qa")
 KINDS = ("full", *ISOLATED, "captioning")
 
@@ -151,7 +153,10 @@ class VideoMLP(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """e = W h + b (Eq. 4), shared by video and text: BERT's own transform and decoder bias."""
+    """Eq. 4, shared by video and text: BERT's own head, e = LayerNorm(gelu(W h + b)).
+
+    DEVIATION: the paper writes a linear projection, e = W h + b; the release has BERT's.
+    """
 
     def __init__(self, c: VLMConfig):
         super().__init__()
@@ -174,6 +179,11 @@ class PredictionHead(nn.Module):
 LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**26}
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return x as fp32 or better, as sums of exponents and large dot products want it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tensor:
     """Take -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] of each row (Eq. 6 and 9).
 
@@ -187,13 +197,12 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
     >>> round(float(nce(e, [V_, D], own=e).exp()))  # four candidates: the truth, V' and two words
     4
     """
-    wide = torch.promote_types(e.dtype, torch.float32)  # sums in fp32, whatever the autocast
     own = e[:0] if own is None else own
-    logits = [F.linear(e, x).to(wide) for x in pools]  # (M, P) each: x_j . e_s
+    logits = [wide(F.linear(e, x)) for x in pools]  # (M, P) each: x_j . e_s
     if bias is not None:
         logits[-1] = logits[-1] + bias
     total = torch.stack([x.logsumexp(1) for x in logits]).logsumexp(0)  # log of the sum over j
-    true = (own.to(wide) * e[: len(own)].to(wide)).sum(1)  # x_s . e_s
+    true = (wide(own) * wide(e[: len(own)])).sum(1)  # x_s . e_s
     losses = torch.logaddexp(true, total[: len(own)]) - true
     if index is None:
         return losses
@@ -397,29 +406,32 @@ class VLM(nn.Module):
         if not 1 <= stride <= M:
             raise ValueError(f"stride is {stride}, wanted 1..{M}: every second must be in a window")
         if V > M:
-            n = 1 + -(-(V - M) // stride)  # windows
-            extra = (n - 1) * stride + M - V
-            video, valid = F.pad(video, (0, 0, 0, extra)), F.pad(video_valid, (0, extra))
-            seconds = (torch.arange(V, device=valid.device) + 1).mul(video_valid).amax(1)  # (B,)
-            begin = stride * torch.arange(n, device=valid.device)
-            # a window is used if the one before it did not reach the clip's end, padding left out
-            used = (begin + M - stride < seconds[:, None]) | (begin == 0)  # (B, n)
-            valid = valid.unfold(1, M, stride) & used[:, :, None]  # (B, n, M)
-            windows = video.unfold(1, M, stride).transpose(2, 3)  # (B, n, M, E)
-            h = self.encode_video(windows.flatten(0, 1), valid.flatten(0, 1))
-            h = h.view(B, n, M + 1, -1)
-            place = (begin[:, None] + torch.arange(M, device=begin.device)).flatten()
-            total = h.new_zeros(B, V + extra, h.shape[3]).index_add(
-                1, place, h[:, :, :M].flatten(1, 2)
-            )
-            times = h.new_zeros(B, V + extra).index_add(1, place, valid.flatten(1).to(h))
-            sep = (h[:, :, M] * used[:, :, None]).sum(1) / used.sum(1, keepdim=True)
-            return torch.cat([(total / times.clamp(min=1)[:, :, None])[:, :V], sep[:, None]], 1)
+            return self.encode_windows(video, video_valid, stride)
         x, _ = self.video_tokens(video, video_valid)
         sep = self.special(self.config.sep_token_id, B)
         position, segment = (place[1:] for place in self.places(V, 0, x.device))  # no [CLS]
         real = torch.cat([video_valid, video_valid.new_ones(B, 1)], 1)
         return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real, square(real))
+
+    def encode_windows(self, video: Tensor, video_valid: Tensor, stride: int) -> Tensor:
+        """Encode V > max_video_len seconds, as `encode_video` says: (B, V+1, D)."""
+        (B, V), M = video_valid.shape, self.config.max_video_len
+        n = 1 + -(-(V - M) // stride)  # windows
+        extra = (n - 1) * stride + M - V
+        video, valid = F.pad(video, (0, 0, 0, extra)), F.pad(video_valid, (0, extra))
+        seconds = (torch.arange(V, device=valid.device) + 1).mul(video_valid).amax(1)  # (B,)
+        begin = stride * torch.arange(n, device=valid.device)
+        # a window is used if the one before it did not reach the clip's end, padding left out
+        used = (begin + M - stride < seconds[:, None]) | (begin == 0)  # (B, n)
+        valid = valid.unfold(1, M, stride) & used[:, :, None]  # (B, n, M)
+        windows = video.unfold(1, M, stride).transpose(2, 3)  # (B, n, M, E)
+        h = self.encode_video(windows.flatten(0, 1), valid.flatten(0, 1))
+        h = h.view(B, n, M + 1, -1)
+        place = (begin[:, None] + torch.arange(M, device=begin.device)).flatten()
+        total = h.new_zeros(B, V + extra, h.shape[3]).index_add(1, place, h[:, :, :M].flatten(1, 2))
+        times = h.new_zeros(B, V + extra).index_add(1, place, valid.flatten(1).to(h))
+        sep = (h[:, :, M] * used[:, :, None]).sum(1) / used.sum(1, keepdim=True)
+        return torch.cat([(total / times.clamp(min=1)[:, :, None])[:, :V], sep[:, None]], 1)
 
     def encode_text(self, text: Tensor, text_valid: Tensor) -> Tensor:
         """Encode text alone: the isolated mask's second square (footnote 2), without video.
@@ -670,6 +682,7 @@ def convert(checkpoint: Path, out: Path, bert: str | None, heads: int | None) ->
     load_mmpt(model, checkpoint)
     save_run(out, model, tokenizer)
     print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
+    print("no means over training clips in it: zero-shot, it is compared by dot products alone")
     if not tokenizer:
         print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
 

@@ -9,7 +9,7 @@ import torch
 import eval as evaluation
 import train
 from data import FeatureStore, open_features
-from search import best_of_each, search
+from search import best_of_each, search, spaces
 from vlm import load_run
 
 
@@ -51,6 +51,7 @@ def test_windows_are_ranked_as_a_loop_ranks_them(small_toy, a_run, stage):
                 break
             start += 12
     assert {(m.video, m.start, m.end) for m in found} == set(slow)
+    assert (model.video_mean.any() and model.text_mean.any()).item()
     for m in found:
         assert m.score == pytest.approx(slow[m.video, m.start, m.end], abs=1e-4)
     assert [m.score for m in found] == sorted((m.score for m in found), reverse=True)
@@ -58,6 +59,15 @@ def test_windows_are_ranked_as_a_loop_ranks_them(small_toy, a_run, stage):
     assert sorted(m.video for m in best) == sorted(videos)
     for m in best:
         assert m.score == max(x.score for x in found if x.video == m.video)
+
+
+def test_a_run_without_means_is_not_called_centred(small_toy, a_run):
+    """A converted checkpoint has none: its plain cosine would stand under that name."""
+    model, _ = load_run(a_run)
+    pair = torch.randn(2, 3, 32)
+    assert list(spaces(model, *pair)) == ["dot product", "centred cosine"]
+    model.text_mean.zero_()
+    assert list(spaces(model, *pair)) == ["dot product"]
 
 
 def test_the_command_prints_times_and_writes_json(small_toy, a_run, tmp_path, capsys):
