@@ -135,13 +135,14 @@ def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:
     """Keep clips whose video has features and that begin inside it; count and say the others."""
     clips = list(clips)
     seen = [c for c in clips if c.video in task.features]
-    kept = [c for c in seen if c.start < len(task.features.open(c.video))]
+    seconds = {v: len(task.features.open(v)) for v in dict.fromkeys(c.video for c in seen)}
+    kept = [c for c in seen if c.start < seconds[c.video]]
     if len(seen) < len(clips):
         first = next(c.video for c in clips if c.video not in task.features)
         n = len(clips) - len(seen)
         task.said.append(f"{what}: {n} of {len(clips)} have no features, first {first}")
     if len(kept) < len(seen):
-        first = next(c for c in seen if c not in kept)
+        first = next(c for c in seen if c.start >= seconds[c.video])
         n = len(seen) - len(kept)
         where = f"first {first.video} at {first.start:g} s"
         task.said.append(f"{what}: {n} of {len(clips)} begin after the last feature row, {where}")
@@ -295,9 +296,11 @@ def _localization(
 ) -> None:
     """Fill action step localization from CrossTask (sec. 4.3): train without, test with val's."""
 
+    primary_tasks = set(found["primary"])
+
     def open_videos(split: str) -> dict[str, list[Item]]:
         """Return {task: its annotated primary videos}."""
-        primary = [(t, v) for t, v in found[split] if t in set(found["primary"])]
+        primary = [(t, v) for t, v in found[split] if t in primary_tasks]
         annotated = [(t, v) for t, v in primary if found["steps"].get((t, v))]
         if len(annotated) < len(primary):
             n = len(primary) - len(annotated)
