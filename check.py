@@ -28,6 +28,9 @@ from benchmarks import (
 from data import Captions, FeatureStore, open_captions, open_features
 from vlm import load_tokenizer
 
+# Parts that no pre-training may see: it does not overlap with evaluation data (sec. 5.1.2).
+HELD_OUT = ("val.lst", " test", " QA", " validation", " testing")
+
 
 def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
     """Walk a folder, print what is in it and what is wrong; return the number of problems.
@@ -66,11 +69,17 @@ def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: b
                 bad(str(error))
     if not wanted and not found:
         bad(f"{data}: no raw_caption.json and none of {', '.join(readers)}: nothing to train on")
+    trained = set(wanted.get("train.lst", ()))
     for part, ids in wanted.items():
         missing = sorted({video for video in ids if video not in store})
         if missing:
             bad(f"{part}: {len(missing)} of {len(set(ids))} videos have no features, first "
                 f"{missing[0]}: extract them, or they are left out")  # fmt: skip
+        if part.endswith(HELD_OUT) and (both := sorted(trained.intersection(ids))):
+            bad(
+                f"{part}: {len(both)} of {len(set(ids))} videos are in train.lst too, first "
+                f"{both[0]}: take them out of train.lst (sec. 5.1.2: none is pre-trained on)"
+            )
     print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
     for message in bad.messages[:20]:
         print(f"  {message}")

@@ -409,6 +409,25 @@ def test_check_counts_what_is_there_and_what_is_missing(shared, toy, capsys):
     assert "1333 of 1333 videos have no features" in out and "718 labels" in out
 
 
+def test_check_names_test_videos_that_are_pre_trained_on(small_toy, tmp_path, capsys):
+    """Sec. 5.1.2: no overlap. Videos that a benchmark trains on may be pre-trained on, too."""
+    data.main(["check", str(small_toy), "--headers"])
+    assert "in train.lst too" not in capsys.readouterr().out
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    ids = ["cook_training_000", "cook_validation_001", "cook_validation_000", "cross_20001_0",
+           "cross_20001_5", "video0", "video7001", "how_val_0000"]  # fmt: skip
+    with open(world / "train.lst", "a") as listed:
+        listed.writelines(f"{video}\n" for video in ids)
+    spoil_narration(world, lambda c: c.update({video: first(c) for video in ids} | c))
+    assert data.main(["check", str(world), "--headers"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("take them out of train.lst") == 6
+    for line in ("youcook2 validation: 2 of 2 videos are in train.lst too, first cook_validation_0",
+                 "coin testing: 2 of 2", "msrvtt test: 1 of 15 videos are in train.lst too, ",
+                 "msrvtt QA: 1 of 15", "crosstask validation: 1 of", "val.lst: 1 of"):  # fmt: skip
+        assert line in out
+
+
 def spoil_narration(path, change):
     """Change raw_caption.json in place."""
     captions = json.loads((path / "raw_caption.json").read_text())
