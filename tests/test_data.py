@@ -428,6 +428,14 @@ def test_check_names_test_videos_that_are_pre_trained_on(small_toy, tmp_path, ca
         assert line in out
 
 
+def test_check_opens_a_video_once_for_all_its_segments(small_toy, monkeypatch):
+    """A real COIN has 46,354 of them; a damaged video is one problem, not one a segment."""
+    opened, plain = [], FeatureStore.open
+    monkeypatch.setattr(FeatureStore, "open", lambda s, v: opened.append(v) or plain(s, v))
+    data.main(["check", str(small_toy), "--headers"])
+    assert opened.count("cook_training_001") == 3  # its features, and once a benchmark
+
+
 def spoil_narration(path, change):
     """Change raw_caption.json in place."""
     captions = json.loads((path / "raw_caption.json").read_text())
