@@ -211,16 +211,18 @@ def pack(
 ) -> None:
     """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is.
 
-    Raises: DataError when `out` is not empty or there are no features.
+    Raises: DataError when `out` is not empty or stands in `data`, or there are no features.
     """
+    if out.resolve().is_relative_to(data.resolve()):
+        raise DataError(f"--out {out} is inside {data}, and would be packed too: choose another")
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; give --out a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     folders = sorted(p for p in data.glob("features*") if p.is_dir())
     sources = {folder.name: folder for folder in folders}
     sources = {"features": Path(features)} if features else sources
     if not sources:
         raise DataError(f"{data}: no features/ folder to pack")
+    out.mkdir(parents=True, exist_ok=True)
     for name, folder in sources.items():
         store, shard, size, n = FeatureStore(folder), {}, 0, 0
         (out / name).mkdir()

@@ -123,6 +123,17 @@ def test_shards_and_packed_captions_equal_the_files_they_were_packed_from(toy, t
         data.open_captions(tmp_path / "packed", other._tokenizer)
 
 
+@pytest.mark.parametrize("out", ["packed", "features/packed", ".", "../link/packed"])
+def test_pack_refuses_a_folder_inside_the_one_it_packs(out, small_toy, tmp_path):
+    """It would be copied into itself, name in name in name, until the disk or a path is full."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    (tmp_path / "link").symlink_to(world)
+    before = sorted(world.rglob("*"))
+    with pytest.raises(DataError, match="^--out .* is inside .*: choose another$"):
+        data.main(["pack", str(world), "--out", str(world / out)])
+    assert sorted(world.rglob("*")) == before
+
+
 def test_captions_are_flat_tokens_of_the_cleaned_text(corpus, toy):
     """Catches an offset that is one caption or one token off."""
     tokenizer, cap = load_tokenizer(toy), corpus.captions
