@@ -243,8 +243,9 @@ def pack(
         print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
     elif raw.exists():
         print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
-    for path in sorted(data.iterdir()):
-        if path.is_dir() and path not in folders:
+    made = {*folders, *([raw, data / "captions"] if flat else [])}
+    for path in sorted(set(data.iterdir()) - made):
+        if path.is_dir():
             shutil.copytree(path, out / path.name)
-        elif path.is_file() and not (flat and path == raw):
+        elif path.is_file():
             shutil.copyfile(path, out / path.name)

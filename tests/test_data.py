@@ -123,6 +123,18 @@ def test_shards_and_packed_captions_equal_the_files_they_were_packed_from(toy, t
         data.open_captions(tmp_path / "packed", other._tokenizer)
 
 
+def test_a_packed_folder_is_packed_again_where_its_captions_are_kept(small_toy, tmp_path):
+    """With raw_caption.json put back beside captions/, the new ones are of the new vocabulary."""
+    where = [str(tmp_path / name) for name in ("once", "twice")]
+    data.main(["pack", str(small_toy), "--out", where[0]])
+    shutil.copy(small_toy / "raw_caption.json", where[0])
+    data.main(["pack", where[0], "--out", where[1], "--bert", str(small_toy)])
+    tokenizer = load_tokenizer(small_toy)
+    once, twice = (data.open_captions(folder, tokenizer) for folder in where)
+    assert once.ids == twice.ids and np.array_equal(once.tokens, twice.tokens)
+    assert (tmp_path / "twice" / "msrvtt").is_dir() and (tmp_path / "twice" / "train.lst").exists()
+
+
 @pytest.mark.parametrize("out", ["packed", "features/packed", ".", "../link/packed"])
 def test_pack_refuses_a_folder_inside_the_one_it_packs(out, small_toy, tmp_path):
     """It would be copied into itself, name in name in name, until the disk or a path is full."""
