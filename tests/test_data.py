@@ -351,11 +351,12 @@ def test_masking_has_the_paper_s_frequencies(mmm):
 
 
 def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
-    """Catches a hidden [SEP] or [PAD], a target that is not the original, a changed feature."""
+    """Catches a hidden [SEP] or [PAD], a changed target or feature, a label that is lost."""
     c = small_vocabulary()
     rows, pieces = np.array([5, 2, 1]), np.array([0, 3, 6])
     video, words = np.ones((8, 3), np.float32), np.arange(10, 19)
     plain = data.lay_out(video, rows, words, pieces, c)
+    plain = dataclasses.replace(plain, label=torch.zeros(3, 5, dtype=torch.int64))
     for scheme in (0.1, 0.3, 0.9):
         u = torch.zeros(3, uniforms(c))
         u[:, 0] = scheme
@@ -363,6 +364,7 @@ def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
         assert not (b.video_hidden & ~b.video_valid).any()
         assert not (b.text_hidden & (~b.text_valid | (plain.text == c.sep_token_id))).any()
         assert torch.equal(b.text_target, plain.text) and torch.equal(b.video, plain.video)
+        assert b.label is plain.label
         assert torch.equal(b.text[~b.text_hidden], plain.text[~b.text_hidden])
     for wrong in ({"mmm": 1.2}, {"p": -0.1}):
         with pytest.raises(ValueError, match=r"wanted in 0\.\.1"):
