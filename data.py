@@ -136,7 +136,7 @@ class Captions:
         for name in self.ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
         about = {"ids": self.ids, "words": self.words, "removed": self.removed}
-        about["tokenizer"] = fingerprint(tokenizer)
+        about["tokenizer"] = vocabulary_digest(tokenizer)
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     @classmethod
@@ -146,7 +146,7 @@ class Captions:
         Only the small index is read here: what it leads to is looked at when drawn (`check`).
         """
         about = read_json(folder / "about.json", dict)
-        if about.get("tokenizer") != fingerprint(tokenizer):
+        if about.get("tokenizer") != vocabulary_digest(tokenizer):
             raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
         ids, words, removed = (about.get(key) for key in ("ids", "words", "removed"))
         known = isinstance(ids, list) and all(map(is_id, ids)) and len(set(ids)) == len(ids)
@@ -212,7 +212,7 @@ def good_captions(path: str | Path, video: str, entry: object, bad: Callable) ->
     return kept
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """Name a vocabulary by its contents."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 

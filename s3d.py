@@ -303,7 +303,7 @@ def random_weights(model: S3D, seed: int) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def fingerprint(model: S3D) -> str:
+def weights_digest(model: S3D) -> str:
     """Tell weights apart: twelve hexadecimal digits of a digest of all of them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -660,7 +660,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         weights = Path(args.weights).name
         load_s3d(model, args.weights)
-    marks = {"weights": weights, "digest": fingerprint(model)}
+    marks = {"weights": weights, "digest": weights_digest(model)}
     marks |= {"normalized": not args.no_normalize, "precision": args.precision}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
