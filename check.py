@@ -23,9 +23,9 @@ from benchmarks import (
     read_crosstask,
     read_ids,
     read_msrvtt,
-    read_youcook2,
 )
 from data import Captions, FeatureStore, open_captions, open_features
+from univl import read_youcook2
 from vlm import load_tokenizer
 
 # Parts that no pre-training may see: it does not overlap with evaluation data (sec. 5.1.2).

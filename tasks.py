@@ -31,10 +31,10 @@ from benchmarks import (
     read_coin,
     read_crosstask,
     read_msrvtt,
-    read_youcook2,
     stop,
 )
 from data import FeatureStore
+from univl import read_youcook2
 
 DATASETS = {  # each task's benchmarks, as folders of DATA; the first one there is taken
     "retrieval": ("msrvtt", "youcook2"),
