@@ -1,7 +1,7 @@
 """The benchmarks' own files, read as they were released (sec. 5.1), and the errors of bad files.
 
     msrvtt/     MSRVTT_train.csv, MSRVTT_data.json, MSRVTT_JSFUSION_test.csv, MSRVTT_QA_test.csv
-    youcook2/   youcookii_annotations_trainval.json, train_list.txt, val_list.txt, or UniVL's files
+    youcook2/   youcookii_annotations_trainval.json, train_list.txt, val_list.txt
     coin/       COIN.json
     crosstask/  tasks_primary.txt, tasks_related.txt, videos.csv, videos_val.csv, annotations/*.csv
 
@@ -296,15 +296,11 @@ def read_database(path: Path, bad: Callable) -> dict[str, dict]:
 
 
 def read_youcook2(folder: Path, bad: Callable = stop) -> dict[str, list[Clip]]:
-    """Read YouCook2 (sec. 5.1.2): {"training" | "validation": clips}, one sentence a segment.
+    """Read YouCook2's own files (sec. 5.1.2), one sentence a segment; univl.py reads UniVL's too.
 
-    Its own files or, where these are not, the ones that UniVL's authors made of them.
+    Returns: {"training" | "validation": clips}.
     """
     path, out = folder / "youcookii_annotations_trainval.json", {}
-    if not path.exists() and any(folder.glob("youcookii_data*.pickle")):
-        import univl  # on top of this file
-
-        return univl.read_youcook2(folder, bad)
     database, seen = read_database(path, bad), set()
     for split, name in (("training", "train_list.txt"), ("validation", "val_list.txt")):
         out[split] = []

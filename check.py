@@ -23,10 +23,13 @@ from benchmarks import (
     read_crosstask,
     read_ids,
     read_msrvtt,
-    read_youcook2,
 )
 from data import Captions, FeatureStore, open_captions, open_features
+from univl import read_youcook2
 from vlm import load_tokenizer
+
+# Parts that no pre-training may see: it does not overlap with evaluation data (sec. 5.1.2).
+HELD_OUT = ("val.lst", " test", " QA", " validation", " testing")
 
 
 def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: bool) -> int:
@@ -66,11 +69,17 @@ def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: b
                 bad(str(error))
     if not wanted and not found:
         bad(f"{data}: no raw_caption.json and none of {', '.join(readers)}: nothing to train on")
+    trained = set(wanted.get("train.lst", ()))
     for part, ids in wanted.items():
         missing = sorted({video for video in ids if video not in store})
         if missing:
             bad(f"{part}: {len(missing)} of {len(set(ids))} videos have no features, first "
                 f"{missing[0]}: extract them, or they are left out")  # fmt: skip
+        if part.endswith(HELD_OUT) and (both := sorted(trained.intersection(ids))):
+            bad(
+                f"{part}: {len(both)} of {len(set(ids))} videos are in train.lst too, first "
+                f"{both[0]}: take them out of train.lst (sec. 5.1.2: none is pre-trained on)"
+            )
     print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
     for message in bad.messages[:20]:
         print(f"  {message}")
@@ -181,21 +190,20 @@ def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, l
         if name == "coin":
             line += f", {len({clip.key for clip in items})} labels"
         print(f"{name:12}{line}")
-        past = []
-        for clip in items:
-            try:
-                if (
-                    clip.video in store
-                    and clip.end < math.inf
-                    and clip.start >= len(store.open(clip.video))
-                ):
-                    past.append(clip)
-            except DataError:
-                continue  # counted where the features were read
+        ends = {video: _seconds(store, video) for video in dict.fromkeys(ids)}
+        past = [clip for clip in items if clip.start >= ends[clip.video]]
         if past:
             bad(f"{name} {split}: {len(past)} segments begin after the last feature row, first "
                 f"{past[0].video} at {past[0].start:g} s")  # fmt: skip
     return wanted
+
+
+def _seconds(store, video: str) -> float:
+    """Count a video's rows; no end where there are none to read, which is counted elsewhere."""
+    try:
+        return len(store.open(video)) if video in store else math.inf
+    except DataError:
+        return math.inf
 
 
 def pack(
@@ -203,16 +211,18 @@ def pack(
 ) -> None:
     """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is.
 
-    Raises: DataError when `out` is not empty or there are no features.
+    Raises: DataError when `out` is not empty or stands in `data`, or there are no features.
     """
+    if out.resolve().is_relative_to(data.resolve()):
+        raise DataError(f"--out {out} is inside {data}, and would be packed too: choose another")
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: not empty; give --out a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     folders = sorted(p for p in data.glob("features*") if p.is_dir())
     sources = {folder.name: folder for folder in folders}
     sources = {"features": Path(features)} if features else sources
     if not sources:
         raise DataError(f"{data}: no features/ folder to pack")
+    out.mkdir(parents=True, exist_ok=True)
     for name, folder in sources.items():
         store, shard, size, n = FeatureStore(folder), {}, 0, 0
         (out / name).mkdir()
@@ -233,8 +243,9 @@ def pack(
         print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
     elif raw.exists():
         print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
-    for path in sorted(data.iterdir()):
-        if path.is_dir() and path not in folders:
+    made = {*folders, *([raw, data / "captions"] if flat else [])}
+    for path in sorted(set(data.iterdir()) - made):
+        if path.is_dir():
             shutil.copytree(path, out / path.name)
-        elif path.is_file() and not (flat and path == raw):
+        elif path.is_file():
             shutil.copyfile(path, out / path.name)

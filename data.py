@@ -20,7 +20,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,7 @@ class Captions:
         for name in self.ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
         about = {"ids": self.ids, "words": self.words, "removed": self.removed}
-        about["tokenizer"] = fingerprint(tokenizer)
+        about["tokenizer"] = vocabulary_digest(tokenizer)
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     @classmethod
@@ -146,7 +146,7 @@ class Captions:
         Only the small index is read here: what it leads to is looked at when drawn (`check`).
         """
         about = read_json(folder / "about.json", dict)
-        if about.get("tokenizer") != fingerprint(tokenizer):
+        if about.get("tokenizer") != vocabulary_digest(tokenizer):
             raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
         ids, words, removed = (about.get(key) for key in ("ids", "words", "removed"))
         known = isinstance(ids, list) and all(map(is_id, ids)) and len(set(ids)) == len(ids)
@@ -212,7 +212,7 @@ def good_captions(path: str | Path, video: str, entry: object, bad: Callable) ->
     return kept
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """Name a vocabulary by its contents."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
@@ -284,19 +284,19 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
     read = np.where(how < 0.9, word, text)
     read = np.where((how < 0.8) | all_text, c.mask_token_id, read)
     read = np.where(text_hidden, read, text)
-    return Batch(
-        batch.video,
-        batch.video_valid,
-        torch.from_numpy(read),
-        batch.text_valid,
-        torch.from_numpy(video_hidden),
-        torch.from_numpy(text_hidden),
-        batch.text,
+    return replace(
+        batch,
+        text=torch.from_numpy(read),
+        video_hidden=torch.from_numpy(video_hidden),
+        text_hidden=torch.from_numpy(text_hidden),
+        text_target=batch.text,
     )
 
 
 # ---------------------------------------------------------------------------------------------
 # Clips and batches
+
+Rows = np.ndarray | list[np.ndarray]  # (N, ..), or arrays that follow one another and add up to it
 
 
 def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -309,10 +309,8 @@ def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
     return shift + np.arange(length.sum())
 
 
-def ragged(
-    flat: np.ndarray | list[np.ndarray], length: np.ndarray, width: int, fill: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Lay flat rows (N, ...), or arrays that follow one another, out as (B, width, ...).
+def ragged(flat: Rows, length: np.ndarray, width: int, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Lay flat rows (N, ..) out as (B, width, ..).
 
     Args:    length (B,): how many rows each gets; they add up to N. fill: what stands behind.
     Returns: the rows laid out, and valid (B, width) bool.
@@ -331,13 +329,13 @@ def ragged(
 
 
 def lay_out(
-    video: np.ndarray, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
-):
+    video: Rows, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
+) -> Batch:
     """Build a Batch of flat rows: video (sum of seconds, E), text (sum of pieces,), counts (B,)."""
     return Batch(*lay_out_video(video, seconds), *lay_out_text(text, pieces, c))
 
 
-def lay_out_video(video: np.ndarray, seconds: np.ndarray) -> tuple[Tensor, Tensor]:
+def lay_out_video(video: Rows, seconds: np.ndarray) -> tuple[Tensor, Tensor]:
     """Pad flat rows (sum of seconds, E) of B clips: video (B, V, E), video_valid (B, V)."""
     return ragged(video, seconds, max(1, int(seconds.max())))
 

@@ -235,6 +235,22 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def refuse_all_but_tensors(path: str | Path) -> None:
+    """Raise ValueError for a program, a tar or a compressed file: torch.save writes none of them.
+
+    Before 2.6 torch runs the first and trusts the second, weights_only or not; of the third a
+    small one may unpack to more than there is memory.
+    """
+    members = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    if tarfile.is_tarfile(path) or any(m.filename.endswith("constants.pkl") for m in members):
+        raise ValueError("it is a program or a tar file")
+    if any(m.compress_type for m in members):
+        raise ValueError("it is compressed")
+
+
 def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
     """Fill the video tower from `s3d_howto100m.pth`, a dict of tensors (sec. 5.2).
 
@@ -244,12 +260,7 @@ def load_s3d(model: S3D, path: str | Path, say: Callable = print) -> LoadReport:
              a file that is more than tensors: nothing in it is ever run.
     """
     try:
-        if (
-            tarfile.is_tarfile(path)
-            or zipfile.is_zipfile(path)
-            and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist())
-        ):  # before 2.6 torch runs programs and trusts tars, weights_only or not
-            raise ValueError("it is a program or a tar file")
+        refuse_all_but_tensors(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -292,7 +303,7 @@ def random_weights(model: S3D, seed: int) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def fingerprint(model: S3D) -> str:
+def weights_digest(model: S3D) -> str:
     """Tell weights apart: twelve hexadecimal digits of a digest of all of them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -649,7 +660,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         weights = Path(args.weights).name
         load_s3d(model, args.weights)
-    marks = {"weights": weights, "digest": fingerprint(model)}
+    marks = {"weights": weights, "digest": weights_digest(model)}
     marks |= {"normalized": not args.no_normalize, "precision": args.precision}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,6 +6,13 @@
     localization   CrossTask              the ordered steps of a task, each found in time
     captioning     YouCook2, MSR-VTT      a clip and its reference sentences
 
+The paper's sizes, by which to tell a whole benchmark from a part of one:
+
+    MSR-VTT      200K clip-text pairs of 10K videos, 20 a training clip; tested by 1,000 pairs
+    YouCook2     9,473 clip-text pairs of 1,222 videos to train on, 3,305 of 430 to test by
+    COIN         46,354 segments of 11,827 videos (476 hours); 778 labels and the background
+    CrossTask    540 videos to train on, 1,690 to test by
+
 What an item needs and does not have is left out, counted and said. Letters as in vlm.py.
 """
 
@@ -24,10 +31,10 @@ from benchmarks import (
     read_coin,
     read_crosstask,
     read_msrvtt,
-    read_youcook2,
     stop,
 )
 from data import FeatureStore
+from univl import read_youcook2
 
 DATASETS = {  # each task's benchmarks, as folders of DATA; the first one there is taken
     "retrieval": ("msrvtt", "youcook2"),
@@ -135,13 +142,14 @@ def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:
     """Keep clips whose video has features and that begin inside it; count and say the others."""
     clips = list(clips)
     seen = [c for c in clips if c.video in task.features]
-    kept = [c for c in seen if c.start < len(task.features.open(c.video))]
+    seconds = {v: len(task.features.open(v)) for v in dict.fromkeys(c.video for c in seen)}
+    kept = [c for c in seen if c.start < seconds[c.video]]
     if len(seen) < len(clips):
         first = next(c.video for c in clips if c.video not in task.features)
         n = len(clips) - len(seen)
         task.said.append(f"{what}: {n} of {len(clips)} have no features, first {first}")
     if len(kept) < len(seen):
-        first = next(c for c in seen if c not in kept)
+        first = next(c for c in seen if c.start >= seconds[c.video])
         n = len(seen) - len(kept)
         where = f"first {first.video} at {first.start:g} s"
         task.said.append(f"{what}: {n} of {len(clips)} begin after the last feature row, {where}")
@@ -295,9 +303,11 @@ def _localization(
 ) -> None:
     """Fill action step localization from CrossTask (sec. 4.3): train without, test with val's."""
 
+    primary_tasks = set(found["primary"])
+
     def open_videos(split: str) -> dict[str, list[Item]]:
         """Return {task: its annotated primary videos}."""
-        primary = [(t, v) for t, v in found[split] if t in set(found["primary"])]
+        primary = [(t, v) for t, v in found[split] if t in primary_tasks]
         annotated = [(t, v) for t, v in primary if found["steps"].get((t, v))]
         if len(annotated) < len(primary):
             n = len(primary) - len(annotated)

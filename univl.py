@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import benchmarks
 from benchmarks import Clip, DataError, read_table, segments, stop
 from features import ArrayUnpickler, unpickle
 
@@ -32,11 +33,15 @@ class AnnotationUnpickler(ArrayUnpickler):
 
 
 def read_youcook2(folder: Path, bad: Callable = stop) -> dict[str, list[Clip]]:
-    """Read UniVL's YouCook2: {"training" | "validation": clips}, one sentence a segment.
+    """Read YouCook2 (sec. 5.1.2), its own files or, where these are not, UniVL's.
 
-    Raises: DataError for a missing file, a pickle of something else or one that wants to run code.
+    Returns: {"training" | "validation": clips}, one sentence a segment.
+    Raises:  DataError for a missing file, a pickle of something else or one that wants to run code.
     """
-    path = sorted(folder.glob("youcookii_data*.pickle"))[0]  # with transcripts or without
+    pickles = sorted(folder.glob("youcookii_data*.pickle"))  # with transcripts or without
+    if not pickles or (folder / "youcookii_annotations_trainval.json").exists():
+        return benchmarks.read_youcook2(folder, bad)
+    path = pickles[0]
     found = unpickle(path, AnnotationUnpickler)
     if not isinstance(found, dict) or not all(isinstance(x, dict) for x in found.values()):
         raise DataError(f"{path}: wanted {{video_id: {{'start', 'end', 'text': arrays}}}}")

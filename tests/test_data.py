@@ -123,6 +123,29 @@ def test_shards_and_packed_captions_equal_the_files_they_were_packed_from(toy, t
         data.open_captions(tmp_path / "packed", other._tokenizer)
 
 
+def test_a_packed_folder_is_packed_again_where_its_captions_are_kept(small_toy, tmp_path):
+    """With raw_caption.json put back beside captions/, the new ones are of the new vocabulary."""
+    where = [str(tmp_path / name) for name in ("once", "twice")]
+    data.main(["pack", str(small_toy), "--out", where[0]])
+    shutil.copy(small_toy / "raw_caption.json", where[0])
+    data.main(["pack", where[0], "--out", where[1], "--bert", str(small_toy)])
+    tokenizer = load_tokenizer(small_toy)
+    once, twice = (data.open_captions(folder, tokenizer) for folder in where)
+    assert once.ids == twice.ids and np.array_equal(once.tokens, twice.tokens)
+    assert (tmp_path / "twice" / "msrvtt").is_dir() and (tmp_path / "twice" / "train.lst").exists()
+
+
+@pytest.mark.parametrize("out", ["packed", "features/packed", ".", "../link/packed"])
+def test_pack_refuses_a_folder_inside_the_one_it_packs(out, small_toy, tmp_path):
+    """It would be copied into itself, name in name in name, until the disk or a path is full."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    (tmp_path / "link").symlink_to(world)
+    before = sorted(world.rglob("*"))
+    with pytest.raises(DataError, match="^--out .* is inside .*: choose another$"):
+        data.main(["pack", str(world), "--out", str(world / out)])
+    assert sorted(world.rglob("*")) == before
+
+
 def test_captions_are_flat_tokens_of_the_cleaned_text(corpus, toy):
     """Catches an offset that is one caption or one token off."""
     tokenizer, cap = load_tokenizer(toy), corpus.captions
@@ -328,11 +351,12 @@ def test_masking_has_the_paper_s_frequencies(mmm):
 
 
 def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
-    """Catches a hidden [SEP] or [PAD], a target that is not the original, a changed feature."""
+    """Catches a hidden [SEP] or [PAD], a changed target or feature, a label that is lost."""
     c = small_vocabulary()
     rows, pieces = np.array([5, 2, 1]), np.array([0, 3, 6])
     video, words = np.ones((8, 3), np.float32), np.arange(10, 19)
     plain = data.lay_out(video, rows, words, pieces, c)
+    plain = dataclasses.replace(plain, label=torch.zeros(3, 5, dtype=torch.int64))
     for scheme in (0.1, 0.3, 0.9):
         u = torch.zeros(3, uniforms(c))
         u[:, 0] = scheme
@@ -340,6 +364,7 @@ def test_masking_hides_pieces_and_seconds_only_and_keeps_what_it_hides():
         assert not (b.video_hidden & ~b.video_valid).any()
         assert not (b.text_hidden & (~b.text_valid | (plain.text == c.sep_token_id))).any()
         assert torch.equal(b.text_target, plain.text) and torch.equal(b.video, plain.video)
+        assert b.label is plain.label
         assert torch.equal(b.text[~b.text_hidden], plain.text[~b.text_hidden])
     for wrong in ({"mmm": 1.2}, {"p": -0.1}):
         with pytest.raises(ValueError, match=r"wanted in 0\.\.1"):
@@ -407,6 +432,33 @@ def test_check_counts_what_is_there_and_what_is_missing(shared, toy, capsys):
     assert data.main(["check", str(shared / "annotations")]) == 1
     out = capsys.readouterr().out
     assert "1333 of 1333 videos have no features" in out and "718 labels" in out
+
+
+def test_check_names_test_videos_that_are_pre_trained_on(small_toy, tmp_path, capsys):
+    """Sec. 5.1.2: no overlap. Videos that a benchmark trains on may be pre-trained on, too."""
+    data.main(["check", str(small_toy), "--headers"])
+    assert "in train.lst too" not in capsys.readouterr().out
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    ids = ["cook_training_000", "cook_validation_001", "cook_validation_000", "cross_20001_0",
+           "cross_20001_5", "video0", "video7001", "how_val_0000"]  # fmt: skip
+    with open(world / "train.lst", "a") as listed:
+        listed.writelines(f"{video}\n" for video in ids)
+    spoil_narration(world, lambda c: c.update({video: first(c) for video in ids} | c))
+    assert data.main(["check", str(world), "--headers"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("take them out of train.lst") == 6
+    for line in ("youcook2 validation: 2 of 2 videos are in train.lst too, first cook_validation_0",
+                 "coin testing: 2 of 2", "msrvtt test: 1 of 15 videos are in train.lst too, ",
+                 "msrvtt QA: 1 of 15", "crosstask validation: 1 of", "val.lst: 1 of"):  # fmt: skip
+        assert line in out
+
+
+def test_check_opens_a_video_once_for_all_its_segments(small_toy, monkeypatch):
+    """A real COIN has 46,354 of them; a damaged video is one problem, not one a segment."""
+    opened, plain = [], FeatureStore.open
+    monkeypatch.setattr(FeatureStore, "open", lambda s, v: opened.append(v) or plain(s, v))
+    data.main(["check", str(small_toy), "--headers"])
+    assert opened.count("cook_training_001") == 3  # its features, and once a benchmark
 
 
 def spoil_narration(path, change):

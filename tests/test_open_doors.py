@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, models
 import eval as evaluation
 import finetune
 import s3d
-from benchmarks import Clip, DataError, read_msrvtt, read_youcook2
-from data import Captions, FeatureStore, encode, fingerprint, special_ids
+from benchmarks import Clip, DataError, read_msrvtt
+from data import Captions, FeatureStore, encode, special_ids, vocabulary_digest
 from loop import read_checkpoint
 from search import best_of_each, search
+from univl import read_youcook2
 from vlm import VLM, VLMConfig, load_bert, load_mmpt, load_run, load_tokenizer, save_run
 
 REPO = Path(__file__).resolve().parents[1]
@@ -276,7 +277,7 @@ def trust(path: Path) -> None:
 def packed_captions(path: Path) -> Captions:
     """Open a folder of packed captions, one of whose arrays is the evil one."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]"))
-    about = {"tokenizer": fingerprint(tokenizer), "ids": ["v"], "words": 0, "removed": 0}
+    about = {"tokenizer": vocabulary_digest(tokenizer), "ids": ["v"], "words": 0, "removed": 0}
     (path.parent / "about.json").write_text(json.dumps(about))
     for name in Captions.ARRAYS:
         if name != path.stem:

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 import finetune
 import train
-import univl
-from benchmarks import Bad, DataError, read_youcook2
+from benchmarks import Bad, DataError
 from data import FeatureStore
+from tasks import open_task
+from univl import read_youcook2
 
 
 def columns(annotations: list[dict]) -> dict[str, np.ndarray]:
@@ -66,8 +68,8 @@ def test_a_run_is_fine_tuned_and_tested_from_univls_files_alone(small_toy, world
     pickled = str(world / "youcookii_videos_features.pickle")
     settings = dict(task="retrieval", dataset="youcook2", epochs=1, batch=8)
     settings |= dict(init=str(tmp_path / "toy"), out=str(tmp_path / "tuned"))
-    data = str(world.parent)
-    finetune.main(finetune.TuneConfig(data=data, features=pickled, **settings))
+    root = str(world.parent)
+    finetune.main(finetune.TuneConfig(data=root, features=pickled, **settings))
     tables = []
     for root, features in ((small_toy, str(small_toy / "features")), (world.parent, pickled)):
         args = ["--data", str(root), "--features", features, "--json", str(tmp_path / "table")]
@@ -75,6 +77,15 @@ def test_a_run_is_fine_tuned_and_tested_from_univls_files_alone(small_toy, world
         assert evaluation.main([*run, *args]) == 0
         tables.append(json.loads((tmp_path / "table").read_text()))
     assert tables[0] == tables[1] and tables[0]["n"] > 10
+
+
+def test_tasks_and_check_read_univls_files(world, capsys):
+    """Catches either of them reading YouCook2's own files alone."""
+    pickled = str(world / "youcookii_videos_features.pickle")
+    task = open_task("captioning", world.parent, FeatureStore(pickled))
+    assert (len(task.train), len(task.test)) == (48, 12)
+    assert data.main(["check", str(world.parent), "--features", pickled]) == 0
+    assert "youcook2    validation: 12 texts in 2 videos" in capsys.readouterr().out
 
 
 def edit(folder: Path, change) -> None:
@@ -156,7 +167,7 @@ def test_a_malicious_annotation_is_refused_and_creates_nothing(world, tmp_path):
     for made_of in ((np.dtype("O"), Evil(mark)), (np.dtype("O"), b"01234567"), (np.dtype("f8"), 3)):
         path.write_bytes(pickle.dumps({"v": {"start": Scalar(*made_of)}}))
         with pytest.raises(DataError, match="refused|not a whole pickle"):
-            univl.read_youcook2(world)
+            read_youcook2(world)
         assert not mark.exists()
     with pytest.raises(DataError, match="refused: it names"):  # features hold arrays alone
         path.write_bytes(pickle.dumps({"v": np.float64(1)}))
