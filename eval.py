@@ -572,7 +572,9 @@ QUESTION = 8  # word pieces of the texts that text_mean averages: the shortest c
 
 
 def beginnings(text: Tensor, text_valid: Tensor, sep: int, n: int) -> tuple[Tensor, Tensor]:
-    """Cut texts (B, T) with their [SEP], text_valid (B, T), to their first n word pieces and [SEP].
+    """Cut texts to their first n word pieces and [SEP].
+
+    Args: text (B, T) int64 with its [SEP], whose id is sep; text_valid (B, T) bool.
 
     >>> [x.tolist() for x in beginnings(torch.tensor([[7, 8, 9, 3]]), torch.ones(1, 4) > 0, 3, 2)]
     [[[7, 8, 3]], [[True, True, True]]]

@@ -144,7 +144,7 @@ class World:
                         again = last[-int(self.rng.integers(2, 5)) :]
                         start = max(0.0, now - len(again) / PIECES_PER_SECOND)
                         line = again + line
-                    if start < seconds:
+                    if now < seconds - 1:
                         out["start"].append(round(start, 2))
                         out["end"].append(round(min(end, seconds), 2))
                         out["text"].append(" ".join(line))

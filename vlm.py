@@ -180,7 +180,7 @@ LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**26}
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x as fp32 or better, as sums of exponents and large dot products want it."""
+    """x (..) -> the same (..) in fp32 or better, as large sums and dot products want it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -414,7 +414,7 @@ class VLM(nn.Module):
         return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real, square(real))
 
     def encode_windows(self, video: Tensor, video_valid: Tensor, stride: int) -> Tensor:
-        """Encode V > max_video_len seconds, as `encode_video` says: (B, V+1, D)."""
+        """video (B, V, E), V > max_video_len; video_valid (B, V) -> (B, V+1, D): `encode_video`."""
         (B, V), M = video_valid.shape, self.config.max_video_len
         n = 1 + -(-(V - M) // stride)  # windows
         extra = (n - 1) * stride + M - V
