@@ -180,7 +180,7 @@ LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**26}
 
 
 def wide(x: Tensor) -> Tensor:
-    """x (...) -> the same (...) in fp32 or better, as large sums and dot products want it."""
+    """x, any shape -> x in fp32 or better, as large sums and dot products want it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
