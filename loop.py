@@ -505,8 +505,8 @@ def fit(
         except OSError as error:
             raise OSError(f"{error}; the last checkpoint is {last_checkpoint(out)}") from None
 
-    if not path.exists():  # a disk that cannot take it says so now, and --resume always can
-        ranks.first(keep)
+    if not start:  # a disk that cannot take it says so now, and --resume always can
+        ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
     with deaf_children():
         loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
     for step in range(start, cfg.steps):

@@ -365,6 +365,32 @@ def test_when_one_rank_fails_the_others_end_within_a_minute(small_toy, tmp_path,
     assert err.count("Traceback (most recent call last)") <= 2  # the bug's and torchrun's own
 
 
+LATE = """
+import os, sys, time
+sys.path.insert(0, {repo!r})
+import loop
+from train import run, cli
+if os.environ["RANK"] == "1":
+    log = loop.Log
+    loop.Log = lambda *args: time.sleep(2) or log(*args)
+run(cli)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_comes_late_to_the_first_checkpoint_still_takes_part(small_toy, tmp_path):
+    """Catches ranks that look for trainer.pt to know whether the run is new: the late one finds
+    rank 0's, leaves out what all must do together, and both hang or fail."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(repo=str(REPO)))
+    process = start(*flags(data=small_toy, out=tmp_path / "run", **TINY), ranks=2, script=script)
+    try:
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # torchrun then ends both ranks
+    assert process.returncode == 0 and "step 6/6" in said, err
+
+
 @pytest.fixture(scope="module")
 def two(small_toy, tmp_path_factory) -> dict:
     """What two ranks did in tests/two_ranks.py: one start for all tests below."""
