@@ -634,7 +634,8 @@ def log_row(
 ) -> dict:
     """Return what log.jsonl keeps of the steps that total holds; left: seconds to the last step."""
     seconds, steps = now - total.since, reached.step - total.step
-    row = {"step": reached.step, **total.row(ranks, seconds), "lr": lr, "grad": grad}
+    row = {"step": reached.step, **total.row(ranks, seconds), "lr": lr}
+    row["grad"] = grad if math.isfinite(grad) else None  # JSON has no NaN
     row |= {"ms": 1000 * seconds / steps, "skipped": reached.skipped}
     return row | {"memory_mib": round(memory_mib(ranks.device)), "left_s": round(left)}
 
@@ -646,9 +647,10 @@ def log_line(row: dict, steps: int) -> str:
         both = f"video {row['video']:.2f} text {row['text']:.2f}; "
         both = both if row["video"] and row["text"] else ""
         loss = f"loss {row['loss']:.3f} ({both}chance {row['chance']:.2f})"
+    grad = "step skipped" if row["grad"] is None else f"grad {row['grad']:.2f}"
     line = (
         f"step {row['step']:>{len(str(steps))}}/{steps} | {loss} | "
-        f"lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms | "
+        f"lr {row['lr']:.1e} | {grad} | {row['ms']:.0f} ms | "
         f"{row['clips_per_s']:.0f} clips/s | {row['tokens_per_s']:.0f} tokens/s | "
         f"{row['memory_mib']} MiB | {clock(row['left_s'])} left"
     )

@@ -221,6 +221,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, m
     assert row["skipped"] == 2 and math.isfinite(row["loss"])
 
 
+def test_a_skipped_step_is_a_row_that_other_readers_of_json_can_read(
+    small_toy, tmp_path, monkeypatch, capsys
+):
+    """Catches a bare NaN or Infinity, which Python writes and jq, JavaScript and others refuse."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    poison(monkeypatch, {1, 5})
+    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["grad"] is None for row in log[:-1]] == [n in (1, 5) for n in range(6)]
+    assert [row["loss"] is None for row in log[:-1]] == [n in (1, 5) for n in range(6)]
+    said = capsys.readouterr().out
+    assert (
+        len(re.findall(r"step [26]/6 \| no step was finite \| lr .* \| step skipped \|", said)) == 2
+    )
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
     small_toy, tmp_path, monkeypatch
 ):
