@@ -16,6 +16,7 @@ import torch
 
 import loop
 import train
+from keep import read_checkpoint
 from loop import Ranks, learning_rate, parse
 from tests.two_ranks import gradients
 from train import TrainConfig, main
@@ -272,6 +273,11 @@ def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     wanted = {"final", "steps", "loss", "chance", "R@1", "R@10", "R@10_chance", "seconds"}
     assert wanted <= log[-1].keys() and log[-1]["final"] is True
     assert [r["step"] for r in log[:-1]] == [1, 2, 3, 4, 5, 6]
+    made = TrainConfig(**log[-1]["settings"])  # with what was left open filled in
+    assert (made.width, made.steps, made.seed, made.out) == (32, 6, 0, str(tmp_path / "run"))
+    assert made.lr == 1e-3 and made.warmup == 0 and made.dropout == 0
+    assert dataclasses.asdict(made) == read_checkpoint(tmp_path / "run" / "trainer.pt")["config"]
+    assert log[-1]["versions"] == {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in ("dot product", "centred cosine", "chance", "constant"):
         assert name in out
     model, tokenizer = load_run(tmp_path / "run")
