@@ -610,22 +610,12 @@ class Totals:
 
     def row(self, ranks: Ranks, seconds: float) -> dict:
         """Return the means of an interval of so many seconds over all ranks, and its rates."""
-        video_sum, n_video, text_sum, n_text, tokens, blind, clips = ranks.sum(self.sums).tolist()
-        video, text = video_sum / max(1, n_video), text_sum / max(1, n_text)
-        share = n_video / max(1, n_video + n_text)
-
-        def both(v: float, t: float) -> float:
-            return share * v + (1 - share) * t if self.joint else v + t
-
-        row = {
-            "loss": both(video, text),
-            "video": video,
-            "text": text,
-            "chance": both(*self.chance),
-        }
+        *sums, tokens, blind, clips = ranks.sum(self.sums).cpu()
+        whole = LossSums(*sums, *self.chance, self.joint)
+        row = whole.means() | {"chance": whole.chance()}
         if not clips:  # every step was skipped
             row = dict.fromkeys(row)
-        row |= {"clips_per_s": clips / seconds, "tokens_per_s": tokens / seconds}
+        row |= {"clips_per_s": float(clips) / seconds, "tokens_per_s": float(tokens) / seconds}
         return row | {"clips_without_video": int(blind)}
 
 

@@ -77,7 +77,10 @@ def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
 
 
 def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_toy, tmp_path):
-    """The gradient that the optimizer meets is that of all sums over all hidden (Eq. 8's mean)."""
+    """The gradient that the optimizer meets is that of all sums over all hidden (Eq. 8's mean).
+
+    The log's row too: a mean of the micro-batches' means, or a kind in the other's place, fails.
+    """
     seen = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -99,6 +102,14 @@ def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_to
     params = [p for p in model.parameters() if p.requires_grad]
     for p, grad in zip(params, seen[0], strict=True):
         assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-6)
+    found = rows(tmp_path / "run")[0]
+    video, text = (sum(getattr(s, f"{k}_sum").item() for s in sums) for k in ("video", "text"))
+    n_video, n_text = (sum(int(getattr(s, f"{k}_count")) for s in sums) for k in ("video", "text"))
+    assert found["video"] == pytest.approx(video / n_video, rel=1e-5)
+    assert found["text"] == pytest.approx(text / n_text, rel=1e-5)
+    assert found["loss"] == pytest.approx((video + text) / hidden, rel=1e-5)
+    chance = n_video * sums[-1].video_chance + n_text * sums[-1].text_chance
+    assert found["chance"] == pytest.approx(chance / hidden, rel=1e-9)
 
 
 @pytest.mark.slow
