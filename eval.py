@@ -531,7 +531,8 @@ def validate(
         words += torch.bincount(b.text_target[b.text_hidden], minlength=len(words))
         own, hidden = model.videomlp(b.video[b.video_valid]), b.video_hidden[b.video_valid]
         pool = ranks.gather(own[~hidden])  # V'
-        mean = pool.mean(0).expand(int(hidden.sum()), -1)
+        # a small batch may show no second at all: nothing is then the mean, not 0 / 0
+        mean = (pool.sum(0) / max(1, len(pool))).expand(int(hidden.sum()), -1)
         row = [part.video_sum, part.video_count, part.text_sum, part.text_count]
         row += [nce(scale * mean, [pool], own[hidden]).sum() for scale in scales]
         sums += torch.stack([x.double() for x in row])

@@ -305,6 +305,14 @@ def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     assert again["steps"] == 6
 
 
+def test_held_out_numbers_are_numbers_where_a_batch_shows_no_video(small_toy):
+    """Catches the mean of no second at all, NaN, which also spoils the summary as JSON."""
+    cfg = train.settle(TrainConfig(data=str(small_toy), width=32, layers=1, batch=1), set())
+    model, _, data = train.build(cfg, print)
+    table = train.validate(model, data.val, "vlm", 1, 1.0, Ranks())
+    assert all(math.isfinite(x) for row in table.values() for x in row.values()), table
+
+
 @pytest.mark.parametrize(
     "more", [{"mmm": 0.0}, {"loss": "mfm-mlm"}, {"min_text": 16}, {"workers": 2}]
 )
