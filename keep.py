@@ -199,7 +199,6 @@ class Checkpoint:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), **dataclasses.asdict(reached)}
         state |= {"config": dataclasses.asdict(self.config), "facts": self.facts}
-        state |= {"torch": self.facts["torch"]}
 
         def write(aside: Path) -> None:
             with open(aside, "wb") as f:  # torch.save to a path would not say that the disk is full
@@ -255,7 +254,7 @@ def in_groups(saved: dict, optimizer, model) -> dict:
 
 def differences(state: dict, facts: dict) -> list[str]:
     """Say what is not as it was when the checkpoint was written, a line for each."""
-    was = {"torch": state.get("torch")} | state.get("facts", {})  # older ones had torch alone
+    was = {"torch": state.get("torch")} | state.get("facts", {})  # the oldest had torch alone
     return [
         f"{name}: {facts[name]} now, {was[name]} when the checkpoint was written"
         for name in facts
