@@ -466,6 +466,7 @@ def fit(
     Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
              of whichever rank met one, on every rank; OSError where a checkpoint cannot be written.
     """
+    # ---- optimizer; what the last checkpoint holds of it, model and scaler; compile, then DDP
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -479,6 +480,8 @@ def fit(
     objective = distribute(model, loss, ranks, cfg.compile)
     log = Log(out / "log.jsonl", reached.step, ranks)
     ranks.say(f"training in {why}, {world} process{'es' * (world > 1)}, {size:,} parameters")
+
+    # ---- the clock, the first checkpoint, the loader
     model.train()
     start, before, begun = reached.step, reached.seconds, time.monotonic()
     total, bad_in_a_row = Totals(device, start, begun), 0
