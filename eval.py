@@ -36,7 +36,7 @@ from captions import caption_scores
 from data import Corpus, FeatureStore, pairs
 from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces
 from tasks import DATASETS, Item, Task, open_task
-from vlm import VLM, Batch, load_run, nce, run
+from vlm import VLM, Batch, LossSums, load_run, nce, run
 
 # ---------------------------------------------------------------------------------------------
 # Retrieval metrics (Tables 2 and 3)
@@ -535,24 +535,19 @@ def validate(
         words += torch.bincount(b.text_target[b.text_hidden], minlength=len(words))
         own, hidden = model.videomlp(b.video[b.video_valid]), b.video_hidden[b.video_valid]
         pool = ranks.gather(own[~hidden])  # V'
-        mean = pool.mean(0).expand(int(hidden.sum()), -1)
+        # a small batch may show no second at all: nothing is then the mean, not 0 / 0
+        mean = (pool.sum(0) / max(1, len(pool))).expand(int(hidden.sum()), -1)
         row = [part.video_sum, part.video_count, part.text_sum, part.text_count]
         row += [nce(scale * mean, [pool], own[hidden]).sum() for scale in scales]
         sums += torch.stack([x.double() for x in row])
     model.train(was_training)
-    video_sum, n_video, text_sum, n_text, *constants = ranks.sum(sums).tolist()
+    ranks.sum(sums)
+    whole = LossSums(*sums[:4], part.video_chance, part.text_chance, part.joint)
     share = ranks.sum(words) / words.sum().clamp(min=1)
-    n_video, n_text = max(1, n_video), max(1, n_text)
-    table = {
-        "model": (video_sum / n_video, text_sum / n_text),
-        "constant": (min(constants) / n_video, float(-torch.special.xlogy(share, share).sum())),
-        "chance": (part.video_chance, part.text_chance),
-    }
-    w = n_video / (n_video + n_text)
-    return {
-        name: {"video": v, "text": t, "loss": w * v + (1 - w) * t if part.joint else v + t}
-        for name, (v, t) in table.items()
-    }
+    text_sum = -torch.special.xlogy(share, share).sum() * whole.text_count
+    constant = dataclasses.replace(whole, video_sum=sums[4:].min(), text_sum=text_sum)
+    chance = {"video": part.video_chance, "text": part.text_chance, "loss": whole.chance()}
+    return {"model": whole.means(), "constant": constant.means(), "chance": chance}
 
 
 def draws(corpus: Corpus, clips: int, skip_bad: bool) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ import socket
 import time
 import typing
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,33 +183,61 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite, or whose data could not be read
 
 
-def save_checkpoint(path: Path, model, optimizer, scaler, reached: Progress, cfg, facts) -> None:
-    """Write all that resuming needs as one file, moved into place whole.
+@dataclass
+class Checkpoint:
+    """trainer.pt: all that resuming needs, in one file that is moved into place whole."""
 
-    Raises: OSError naming the checkpoint that is still there.
-    """
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": scaler.state_dict(), **dataclasses.asdict(reached)}
-    state |= {"config": dataclasses.asdict(cfg), "facts": facts, "torch": facts["torch"]}
+    path: Path
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    config: object  # a dataclass: the settings
+    facts: dict[str, object]  # what all ranks must hold alike and a resumed run should
 
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as f:  # torch.save to a path would not say that the disk is full
-            torch.save(state, f)
+    def write(self, reached: Progress, save: Callable[[], None]) -> None:
+        """Write it, after the model beside it by `save`; OSError naming the one still there."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), **dataclasses.asdict(reached)}
+        state |= {"config": dataclasses.asdict(self.config), "facts": self.facts}
 
-    write_aside(path, write)
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as f:  # torch.save to a path would not say that the disk is full
+                torch.save(state, f)
 
+        try:
+            save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
+            write_aside(self.path, write)
+        except OSError as error:
+            last = last_checkpoint(self.path.parent)
+            raise OSError(f"{error}; the last checkpoint is {last}") from None
 
-def load_checkpoint(path: Path, state: dict, model, optimizer, scaler) -> Progress:
-    """Fill model, optimizer and scaler from what `read_checkpoint` read; ValueError if unlike."""
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(in_groups(state["optimizer"], optimizer, model))
-    except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit config.json beside it: {said}") from None
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    return Progress(state["step"], state["seconds"], state.get("skipped", 0))
+    def resume(self, ranks) -> Progress:
+        """Fill model, optimizer and scaler from it, if it is there; say what is not as it was.
+
+        Raises: ValueError where it does not fit them, or where ranks differ.
+        """
+        state, reached = None, Progress()
+        if self.path.exists():
+            state = read_checkpoint(self.path)
+            reached = self.fill(state)
+        ranks.agree(self.facts | {"its checkpoint at step": reached.step})
+        if state:
+            said = [*differences(state, self.facts), f"resumed at step {reached.step}"]
+            ranks.say("\n".join(said))
+        return reached
+
+    def fill(self, state: dict) -> Progress:
+        """Take over what `read_checkpoint` read."""
+        try:
+            self.model.load_state_dict(state["model"])
+            saved = in_groups(state["optimizer"], self.optimizer, self.model)
+            self.optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{self.path} does not fit config.json beside it: {said}") from None
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        return Progress(state["step"], state["seconds"], state.get("skipped", 0))
 
 
 def in_groups(saved: dict, optimizer, model) -> dict:
@@ -225,7 +254,7 @@ def in_groups(saved: dict, optimizer, model) -> dict:
 
 def differences(state: dict, facts: dict) -> list[str]:
     """Say what is not as it was when the checkpoint was written, a line for each."""
-    was = {"torch": state.get("torch")} | state.get("facts", {})  # older ones had torch alone
+    was = {"torch": state.get("torch")} | state.get("facts", {})  # the oldest had torch alone
     return [
         f"{name}: {facts[name]} now, {was[name]} when the checkpoint was written"
         for name in facts

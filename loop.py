@@ -34,17 +34,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import DataError
 from keep import (
+    Checkpoint,
     Log,
     Progress,
     Stop,
     Stopped,
     deaf_children,
-    differences,
     ignore_signals,
     last_checkpoint,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
 )
 from vlm import VLM, Batch, LossSums
 from weights import first_line
@@ -314,6 +311,17 @@ class Objective(nn.Module):
         return self.loss(self.model, batch)
 
 
+def distribute(model: VLM, loss: Callable, ranks: Ranks, compiled: bool) -> nn.Module:
+    """Join model and loss, the layers compiled if asked, in DDP where there are several ranks."""
+    for layer in model.bert.encoder["layer"] if compiled else ():
+        layer.compile(dynamic=True)
+    objective = Objective(model, loss)
+    if ranks.world == 1:
+        return objective
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+
+
 def launch(main: Callable, Config: type, description: str, argv: list[str] | None = None) -> int:
     """Run train.py's or finetune.py's main on a command line: the exit code of this rank."""
     try:
@@ -445,8 +453,8 @@ def fit(
     out: Path,
     save: Callable[[], None],
     facts: dict[str, object],
-    check: Callable[[int, "Log"], bool] | None = None,
-) -> "Progress":
+    check: Callable[[int, Log], bool] | None = None,
+) -> Progress:
     """Train from the last checkpoint, or the start, to cfg.steps.
 
     Args:    loss: (model, batch) -> LossSums. count: batch -> the two counts that loss will have.
@@ -458,56 +466,34 @@ def fit(
     Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
              of whichever rank met one, on every rank; OSError where a checkpoint cannot be written.
     """
+    # ---- optimizer; what the last checkpoint holds of it, model and scaler; compile, then DDP
     device, world = ranks.device, ranks.world
     dtype, why = choose_precision(cfg.precision, device)
     params = [p for p in model.parameters() if p.requires_grad]
-    # sec. 5.2: Adam, betas (0.9, 0.98), norm 2.0 (--clip), fp16; rates are set step by step
-    mlp = set(model.videomlp.parameters())
-    groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
-    optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    optimizer = adam(params, set(model.videomlp.parameters()), cfg.lr)
     scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
-    facts = facts | {"parameters": sum(p.numel() for p in params)}
-    path, reached = out / "trainer.pt", Progress()
-    if path.exists():
-        state = read_checkpoint(path)
-        reached = load_checkpoint(path, state, model, optimizer, scaler)
-    start, before = reached.step, reached.seconds
-    ranks.agree(facts | {"its checkpoint at step": start})
-    facts |= {
-        "torch": str(torch.__version__),
-        "ranks": world,
-        "device": device.type,
-        "precision": str(dtype),
-    }
-    if path.exists():
-        ranks.say("\n".join([*differences(state, facts), f"resumed at step {start}"]))
-    if cfg.compile:
-        for layer in model.bert.encoder["layer"]:
-            layer.compile(dynamic=True)
-    objective = Objective(model, loss)
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        objective = DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
-    log, total = Log(out / "log.jsonl", start, ranks), Totals(device)
-    steps = Steps(draw, start, cfg.steps, cfg.accumulate)
-    processes = "1 process" if world == 1 else f"{world} processes"
-    ranks.say(f"training in {why}, {processes}, {sum(p.numel() for p in params):,} parameters")
+    size = sum(p.numel() for p in params)
+    facts = facts | {"parameters": size, "torch": str(torch.__version__), "ranks": world}
+    facts |= {"device": device.type, "precision": str(dtype)}
+    kept = Checkpoint(out / "trainer.pt", model, optimizer, scaler, cfg, facts)
+    reached = kept.resume(ranks)
+    objective = distribute(model, loss, ranks, cfg.compile)
+    log = Log(out / "log.jsonl", reached.step, ranks)
+    ranks.say(f"training in {why}, {world} process{'es' * (world > 1)}, {size:,} parameters")
+
+    # ---- the clock, the first checkpoint, the loader
     model.train()
-    bad_in_a_row = 0
-    begun = since = time.monotonic()
-    done = logged = start
+    start, before, begun = reached.step, reached.seconds, time.monotonic()
+    total, bad_in_a_row = Totals(device, start, begun), 0
 
     def keep() -> None:
         reached.seconds = before + time.monotonic() - begun
-        try:
-            save()  # first: what trainer.pt resumes needs config.json and tokenizer.json
-            save_checkpoint(path, model, optimizer, scaler, reached, cfg, facts)
-        except OSError as error:
-            raise OSError(f"{error}; the last checkpoint is {last_checkpoint(out)}") from None
+        kept.write(reached, save)
 
-    if not path.exists():  # a disk that cannot take it says so now, and --resume always can
-        ranks.first(keep)
+    if not start:  # a disk that cannot take it says so now, and --resume always can
+        ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
     with deaf_children():
+        steps = Steps(draw, start, cfg.steps, cfg.accumulate)
         loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
@@ -516,7 +502,7 @@ def fit(
         torch.manual_seed(mix(cfg.seed, step, ranks.rank))
 
         # ---- the step's batches and, over all ranks and micro-batches, how much they predict
-        batches, video_count, text_count, stop_now, unread = read_step(loader, cfg, count, ranks)
+        batches, counts, stop_now, unread = read_step(loader, cfg, count, ranks)
 
         # ---- forward and backward, one micro-batch at a time
         parts = []
@@ -527,24 +513,16 @@ def fit(
                 with autocast(device, dtype):
                     sums = objective(batch)
                 # DDP averages gradients over ranks; the loss divides by the whole step's counts
-                value = sums.value(video_count, text_count) * world
-                scaler.scale(value).backward()
+                scaler.scale(sums.value(*counts) * world).backward()
             parts.append((sums, batch))
 
         # ---- clip, step; all ranks hold the same gradients, so all skip or none does
-        norm = math.nan
-        if not unread:
-            scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(params, cfg.clip))
+        norm = update(optimizer, scaler, params, cfg.clip) if parts else math.nan
         if math.isfinite(norm):
-            scaler.step(optimizer)
             total.add(parts)
             bad_in_a_row = 0
         else:
             bad_in_a_row, reached.skipped = bad_in_a_row + 1, reached.skipped + 1
-        if not unread:
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         if bad_in_a_row == 10:
             cause = unread or "their loss or gradient was not finite"
             raise ValueError(
@@ -556,18 +534,17 @@ def fit(
         done = reached.step = step + 1
         now = time.monotonic()
         if done % cfg.log_every == 0 or done == cfg.steps:
-            row = {"step": done, **total.row(ranks, now - since), "lr": learning_rate(step, cfg)}
-            row |= {"grad": norm, "ms": 1000 * (now - since) / (done - logged)}
-            row |= {"skipped": reached.skipped, "memory_mib": round(memory_mib(device))}
-            row["left_s"] = round((now - begun) / (done - start) * (cfg.steps - done))
+            left = (now - begun) / (done - start) * (cfg.steps - done)
+            lr = optimizer.param_groups[0]["lr"]
+            row = log_row(total, ranks, reached, now=now, lr=lr, grad=norm, left=left)
             log(row, log_line(row, cfg.steps))
-            since, logged, total = now, done, Totals(device)
+            total = Totals(device, done, now)
 
         # ---- validate, save
         checked = check is not None and check(done, log)
         if checked:
             model.train()
-            since += time.monotonic() - now
+            total.since += time.monotonic() - now
         if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
             ranks.first(keep)
         if stop_now:
@@ -576,10 +553,27 @@ def fit(
     return reached
 
 
+def adam(params: list[nn.Parameter], mlp: set[nn.Parameter], lr: float) -> torch.optim.Adam:
+    """Make the optimizer (sec. 5.2: betas 0.9, 0.98); mlp, the video MLP, is a group of its own."""
+    groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
+    return torch.optim.Adam(groups, lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+def update(optimizer, scaler: torch.amp.GradScaler, params: list, clip: float) -> float:
+    """Clip the gradient and take the step if it is finite; return its norm as it was."""
+    scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(params, clip))
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def read_step(loader, cfg: LoopConfig, count: Callable, ranks: Ranks) -> tuple:
     """Read this rank's micro-batches of a step, and learn how the others fared.
 
-    Returns: (batches, the two counts over all ranks (), whether a signal asked any rank to stop,
+    Returns: (batches, the two counts over all ranks (2,), whether a signal asked any rank to stop,
              what could not be read). Where one rank could not read its own, none has any.
     Raises:  DataError on every rank for a file that one could not read, unless --skip-bad.
     """
@@ -590,19 +584,20 @@ def read_step(loader, cfg: LoopConfig, count: Callable, ranks: Ranks) -> tuple:
     counts = ranks.sum(torch.tensor(counts, device=ranks.device))
     stop, bad = counts[2:].tolist()
     if not bad:
-        return batches, *counts[:2], bool(stop), ""
+        return batches, counts[:2], bool(stop), ""
     on = "on rank {}: " if ranks.world > 1 else ""
     met = [on.format(r) + str(e) for r, each in enumerate(ranks.all(errors)) for e in each]
     if not cfg.skip_bad:
         raise DataError(met[0])
     ranks.say("\n".join(f"a step is skipped: {line}" for line in met))
-    return [], *counts[:2], bool(stop), met[0]
+    return [], counts[:2], bool(stop), met[0]
 
 
 class Totals:
-    """What the steps since the last log line add up to, on the device, so that no step waits."""
+    """What the steps from `step`, at time `since`, add up to: on the device, so that none waits."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, step: int, since: float):
+        self.step, self.since = step, since
         self.sums = torch.zeros(7, device=device, dtype=torch.float64)
         self.chance, self.joint = (0.0, 0.0), True
 
@@ -618,23 +613,24 @@ class Totals:
 
     def row(self, ranks: Ranks, seconds: float) -> dict:
         """Return the means of an interval of so many seconds over all ranks, and its rates."""
-        video_sum, n_video, text_sum, n_text, tokens, blind, clips = ranks.sum(self.sums).tolist()
-        video, text = video_sum / max(1, n_video), text_sum / max(1, n_text)
-        share = n_video / max(1, n_video + n_text)
-
-        def both(v: float, t: float) -> float:
-            return share * v + (1 - share) * t if self.joint else v + t
-
-        row = {
-            "loss": both(video, text),
-            "video": video,
-            "text": text,
-            "chance": both(*self.chance),
-        }
+        *sums, tokens, blind, clips = ranks.sum(self.sums).cpu()
+        whole = LossSums(*sums, *self.chance, self.joint)
+        row = whole.means() | {"chance": whole.chance()}
         if not clips:  # every step was skipped
             row = dict.fromkeys(row)
-        row |= {"clips_per_s": clips / seconds, "tokens_per_s": tokens / seconds}
+        row |= {"clips_per_s": float(clips) / seconds, "tokens_per_s": float(tokens) / seconds}
         return row | {"clips_without_video": int(blind)}
+
+
+def log_row(
+    total: Totals, ranks: Ranks, reached: Progress, now: float, lr: float, grad: float, left: float
+) -> dict:
+    """Return what log.jsonl keeps of the steps that total holds; left: seconds to the last step."""
+    seconds, steps = now - total.since, reached.step - total.step
+    row = {"step": reached.step, **total.row(ranks, seconds), "lr": lr}
+    row["grad"] = grad if math.isfinite(grad) else None  # JSON has no NaN
+    row |= {"ms": 1000 * seconds / steps, "skipped": reached.skipped}
+    return row | {"memory_mib": round(memory_mib(ranks.device)), "left_s": round(left)}
 
 
 def log_line(row: dict, steps: int) -> str:
@@ -644,9 +640,10 @@ def log_line(row: dict, steps: int) -> str:
         both = f"video {row['video']:.2f} text {row['text']:.2f}; "
         both = both if row["video"] and row["text"] else ""
         loss = f"loss {row['loss']:.3f} ({both}chance {row['chance']:.2f})"
+    grad = "step skipped" if row["grad"] is None else f"grad {row['grad']:.2f}"
     line = (
         f"step {row['step']:>{len(str(steps))}}/{steps} | {loss} | "
-        f"lr {row['lr']:.1e} | grad {row['grad']:.2f} | {row['ms']:.0f} ms | "
+        f"lr {row['lr']:.1e} | {grad} | {row['ms']:.0f} ms | "
         f"{row['clips_per_s']:.0f} clips/s | {row['tokens_per_s']:.0f} tokens/s | "
         f"{row['memory_mib']} MiB | {clock(row['left_s'])} left"
     )

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 from collections.abc import Callable
@@ -358,8 +359,10 @@ def finish(cfg, ranks, model: VLM, tokenizer, data: Data, out: Path, reached: Pr
 
 
 def conclude(cfg: LoopConfig, ranks: Ranks, out: Path, summary: dict, reached: Progress) -> None:
-    """Complete the summary, write it to log.jsonl and --json, say where all of it is."""
+    """Complete the summary, with what made it; write it to log.jsonl and --json, say where."""
     summary |= {"skipped": reached.skipped, "seconds": round(reached.seconds, 1)}
+    versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+    summary |= {"settings": dataclasses.asdict(cfg), "versions": versions}
     if ranks.rank == 0:
         with open(out / "log.jsonl", "a") as f:
             append(f, summary)

@@ -258,11 +258,15 @@ class LossSums:
 
     def chance(self) -> float:
         """Return `value()` of a model that finds all candidates equally likely."""
-        video, text = float(self.video_count), float(self.text_count)
-        if self.joint:
-            total = video * self.video_chance + text * self.text_chance
-            return total / max(1.0, video + text)
-        return self.video_chance * (video > 0) + self.text_chance * (text > 0)
+        video = self.video_count.double() * self.video_chance
+        text = self.text_count.double() * self.text_chance
+        return float(dataclasses.replace(self, video_sum=video, text_sum=text).value())
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each kind, and `value()`, which joins them: nats a token."""
+        video = self.video_sum / self.video_count.clamp(min=1)
+        text = self.text_sum / self.text_count.clamp(min=1)
+        return {"video": float(video), "text": float(text), "loss": float(self.value())}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 import loop
 import train
+from keep import read_checkpoint
 from loop import Ranks, learning_rate, parse
 from tests.two_ranks import gradients
 from train import TrainConfig, main
@@ -76,7 +77,10 @@ def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
 
 
 def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_toy, tmp_path):
-    """The gradient that the optimizer meets is that of all sums over all hidden (Eq. 8's mean)."""
+    """The gradient that the optimizer meets is that of all sums over all hidden (Eq. 8's mean).
+
+    The log's row too: a mean of the micro-batches' means, or a kind in the other's place, fails.
+    """
     seen = []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -98,6 +102,14 @@ def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_to
     params = [p for p in model.parameters() if p.requires_grad]
     for p, grad in zip(params, seen[0], strict=True):
         assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-6)
+    found = rows(tmp_path / "run")[0]
+    video, text = (sum(getattr(s, f"{k}_sum").item() for s in sums) for k in ("video", "text"))
+    n_video, n_text = (sum(int(getattr(s, f"{k}_count")) for s in sums) for k in ("video", "text"))
+    assert found["video"] == pytest.approx(video / n_video, rel=1e-5)
+    assert found["text"] == pytest.approx(text / n_text, rel=1e-5)
+    assert found["loss"] == pytest.approx((video + text) / hidden, rel=1e-5)
+    chance = n_video * sums[-1].video_chance + n_text * sums[-1].text_chance
+    assert found["chance"] == pytest.approx(chance / hidden, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -221,6 +233,26 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, m
     assert row["skipped"] == 2 and math.isfinite(row["loss"])
 
 
+def test_a_skipped_step_is_a_row_that_other_readers_of_json_can_read(
+    small_toy, tmp_path, monkeypatch, capsys
+):
+    """Catches a bare NaN or Infinity, which Python writes and jq, JavaScript and others refuse."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    poison(monkeypatch, {1, 5})
+    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["grad"] is None for row in log[:-1]] == [n in (1, 5) for n in range(6)]
+    assert [row["loss"] is None for row in log[:-1]] == [n in (1, 5) for n in range(6)]
+    said = capsys.readouterr().out
+    assert (
+        len(re.findall(r"step [26]/6 \| no step was finite \| lr .* \| step skipped \|", said)) == 2
+    )
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
     small_toy, tmp_path, monkeypatch
 ):
@@ -252,6 +284,11 @@ def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     wanted = {"final", "steps", "loss", "chance", "R@1", "R@10", "R@10_chance", "seconds"}
     assert wanted <= log[-1].keys() and log[-1]["final"] is True
     assert [r["step"] for r in log[:-1]] == [1, 2, 3, 4, 5, 6]
+    made = TrainConfig(**log[-1]["settings"])  # with what was left open filled in
+    assert (made.width, made.steps, made.seed, made.out) == (32, 6, 0, str(tmp_path / "run"))
+    assert made.lr == 1e-3 and made.warmup == 0 and made.dropout == 0
+    assert dataclasses.asdict(made) == read_checkpoint(tmp_path / "run" / "trainer.pt")["config"]
+    assert log[-1]["versions"] == {"torch": torch.__version__, "python": sys.version.split()[0]}
     for name in ("dot product", "centred cosine", "chance", "constant"):
         assert name in out
     model, tokenizer = load_run(tmp_path / "run")
@@ -266,6 +303,14 @@ def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     again = main(TrainConfig(data=str(small_toy), init=str(tmp_path / "run"),
                              out=str(tmp_path / "next"), **TINY))  # fmt: skip
     assert again["steps"] == 6
+
+
+def test_held_out_numbers_are_numbers_where_a_batch_shows_no_video(small_toy):
+    """Catches the mean of no second at all, NaN, which also spoils the summary as JSON."""
+    cfg = train.settle(TrainConfig(data=str(small_toy), width=32, layers=1, batch=1), set())
+    model, _, data = train.build(cfg, print)
+    table = train.validate(model, data.val, "vlm", 1, 1.0, Ranks())
+    assert all(math.isfinite(x) for row in table.values() for x in row.values()), table
 
 
 @pytest.mark.parametrize(
