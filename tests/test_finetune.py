@@ -236,13 +236,8 @@ def test_epochs_are_compared_by_the_tasks_metric():
 # ---- ranks, and going on
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        "retrieval",
-        *(pytest.param(t, marks=pytest.mark.slow) for t in ("captioning", "localization")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "localization"])
 def test_two_processes_have_the_gradients_of_one(small_toy, pre_trained, tmp_path, task):
     """Catches negatives that stay on their rank, a gather without gradients, a mean of means."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

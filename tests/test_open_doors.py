@@ -68,6 +68,7 @@ def check_lengths(features: Path, clips: list[Path]) -> None:
         assert np.abs(np.linalg.norm(rows.astype(np.float32), axis=1) - 1).max() < 2e-3
 
 
+@pytest.mark.slow
 def test_real_clips_become_a_fine_tuned_run_that_is_tested_and_searched(
     shared, tmp_path, monkeypatch, capsys
 ):

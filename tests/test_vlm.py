@@ -1336,16 +1336,18 @@ def run_vlm(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
-def test_python_vlm_py_masks_draws_six_pictures_and_bad_sizes_exit_2_in_one_line():
+def test_python_vlm_py_masks_draws_six_pictures_and_bad_sizes_exit_2_in_one_line(capsys):
     """Catches a command of the docstring that no longer runs."""
     done = run_vlm("masks")
     assert done.returncode == 0 and done.stderr == ""
     pictures = done.stdout.strip("\n").split("\n\n")
     assert [picture.split()[0] for picture in pictures] == list(KINDS)
     assert all(len(picture.split("\n")) == 1 + 1 + 4 + 1 + 4 for picture in pictures)
-    done = run_vlm("masks", "--text", "0")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: --video 4 --text 0: wanted at least 0 and 1\n"
+    with pytest.raises(SystemExit) as stopped:
+        vlm.run(lambda: vlm.main(["masks", "--text", "0"]))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert said.err == "error: --video 4 --text 0: wanted at least 0 and 1\n"
 
 
 def test_pictures_show_the_matrices_written_by_hand(capsys):
