@@ -227,7 +227,7 @@ class Checkpoint:
         return reached
 
     def fill(self, state: dict) -> Progress:
-        """Take over what `read_checkpoint` read."""
+        """Take over what `read_checkpoint` read; ValueError if it is another model's."""
         try:
             self.model.load_state_dict(state["model"])
             saved = in_groups(state["optimizer"], self.optimizer, self.model)

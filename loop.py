@@ -554,13 +554,17 @@ def fit(
 
 
 def adam(params: list[nn.Parameter], mlp: set[nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Make the optimizer (sec. 5.2: betas 0.9, 0.98); mlp, the video MLP, is a group of its own."""
+    """Make Adam (sec. 5.2: betas 0.9, 0.98) of rate lr; mlp, the video MLP, is a group."""
     groups = [{"params": [p for p in params if (p in mlp) == own]} for own in (False, True)]
     return torch.optim.Adam(groups, lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
 
 def update(optimizer, scaler: torch.amp.GradScaler, params: list, clip: float) -> float:
-    """Clip the gradient and take the step if it is finite; return its norm as it was."""
+    """Take a step along the gradient, its norm at most clip, if that is finite.
+
+    Args:    clip: largest norm (sec. 5.2: 2.0), of the unit of the loss, nats.
+    Returns: the norm as it was.
+    """
     scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(params, clip))
     if math.isfinite(norm):
@@ -625,7 +629,10 @@ class Totals:
 def log_row(
     total: Totals, ranks: Ranks, reached: Progress, now: float, lr: float, grad: float, left: float
 ) -> dict:
-    """Return what log.jsonl keeps of the steps that total holds; left: seconds to the last step."""
+    """Return what log.jsonl keeps of the steps that total holds.
+
+    Args: now, left: the clock, and until the end, seconds. lr, grad: the last rate and norm.
+    """
     seconds, steps = now - total.since, reached.step - total.step
     row = {"step": reached.step, **total.row(ranks, seconds), "lr": lr}
     row["grad"] = grad if math.isfinite(grad) else None  # JSON has no NaN
