@@ -33,10 +33,10 @@ TOOLS = [t.split() for t in (
 LEADS = ["now", "next", "then", "okay so", "um", "", "", "", ""]
 STARTS = ["{}", "{}", "we {}", "you {}", "i am going to {}", "just {}", "go ahead and {}"]
 # A narrator says what matters more than once, so that most hidden words can be read from the words
-# around them: the shortcut that hiding a whole modality takes away (sec. 3.3).
-TAILS = ["so the {1} is in the {2} and we {0} the {1}", "the {2} is good to {0} the {1}",
-         "{0} {0} the {1} and the {2} does the rest", "this {2} can {0} any {1}",
-         "and we {0} the {1} until the {2} is done"]  # fmt: skip
+# around them: the shortcut that hiding a whole modality takes away (sec. 3.3). A caption has some 15
+# words: where none is short, short questions are unlike all that was read in pre-training.
+TAILS = ["{0} that {1} with that {2}", "yes a {2} can {0} any {1}", "{0} {0} the {1} and the {2}",
+         "the {2} will {0} the {1}", "and so we {0} {1} by {2}"]  # fmt: skip
 CHATTER = [
     "thanks for watching my channel", "do not forget to subscribe", "i really love this part",
     "my grandmother taught me this", "the weather has been lovely today", "sorry about the noise",
@@ -135,20 +135,16 @@ class World:
             while now < shot.end - 1:
                 chatty = self.rng.random() < 0.12
                 words = (self.pick(CHATTER) if chatty else self.narrate(chosen)).split()
-                while words:  # a line breaks anywhere, as in automatic captions
-                    n = int(self.rng.integers(5, 11))
-                    line, words = words[:n], words[n:]
-                    end = now + len(line) / PIECES_PER_SECOND
-                    start = now
-                    if last and self.rng.random() < 0.4:  # the end of the one before, said again
-                        again = last[-int(self.rng.integers(2, 5)) :]
-                        start = max(0.0, now - len(again) / PIECES_PER_SECOND)
-                        line = again + line
-                    if now < seconds - 1:
-                        out["start"].append(round(start, 2))
-                        out["end"].append(round(min(end, seconds), 2))
-                        out["text"].append(" ".join(line))
-                    now, last = end, line
+                end = now + len(words) / PIECES_PER_SECOND
+                start = now
+                if last and self.rng.random() < 0.4:  # the end of the caption before, said again
+                    again = last[-int(self.rng.integers(2, 5)) :]
+                    start = max(0.0, now - len(again) / PIECES_PER_SECOND)
+                    words = again + words
+                out["start"].append(round(start, 2))
+                out["end"].append(round(min(end, seconds), 2))
+                out["text"].append(" ".join(words))
+                now, last = end, words
         return out
 
 
