@@ -21,9 +21,6 @@ from benchmarks import DataError, is_words, read_json, shown
 # Sizes
 
 
-MOST = {"num_hidden_layers": 512, "parameters": 2**32}  # of any other size 2**20, a million
-
-
 @dataclass
 class VLMConfig:
     """Sizes under Hugging Face's BERT names; the defaults are BERT-base uncased (sec. 5.2), with
@@ -60,49 +57,7 @@ class VLMConfig:
     data: str = ""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            if not fits or isinstance(value, bool):
-                raise ValueError(f"config: {field.name} is {shown(value)}, wanted {kind.__name__}")
-            most = MOST.get(field.name, 2**20)
-            if kind is int and value > most:
-                raise ValueError(f"config: {field.name} is {shown(value)}, wanted at most {most}")
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted at least 1")
-        if self.parameters > MOST["parameters"]:
-            raise ValueError(f"config: {self.parameters:,} weights, wanted at most 4 billion")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config: hidden_size {self.hidden_size} is not divisible by "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if not self.max_video_len + 4 <= self.max_len <= self.max_position_embeddings:
-            raise ValueError(
-                f"config: max_len is {self.max_len}, wanted {self.max_video_len + 4} (max_video_len"
-                f" and 4) up to max_position_embeddings {self.max_position_embeddings}"
-            )
-        for name in ("pad", "unk", "cls", "sep", "mask"):
-            token = getattr(self, f"{name}_token_id")
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"config: {name}_token_id is {token}, wanted 0..{self.vocab_size - 1}"
-                )
-        shares = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
-        for name in (*shares, "initializer_range"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config: {name} is {getattr(self, name)}, wanted 0..1")
-        if self.num_labels < 0:
-            raise ValueError(f"config: num_labels is {self.num_labels}, wanted 0 or more")
-        if self.labels and len(self.labels) != self.num_labels:
-            raise ValueError(f"config: {len(self.labels)} labels, but num_labels {self.num_labels}")
-        said = [x for x in (*self.labels, self.stage, self.task, self.data) if x != ""]
-        if odd := [x for x in said if not is_words(x)]:
-            raise ValueError(f"config: {shown(odd[0])} among labels, stage, task, data: no words")
-        if self.type_vocab_size < 2:
-            raise ValueError("config: type_vocab_size is below 2: video and text need a row each")
+        check_sizes(self)
 
     @property
     def parameters(self) -> int:
@@ -236,3 +191,55 @@ class Bert(nn.Module):
         for i, layer in enumerate(self.encoder["layer"]):
             x = layer(x, rows, attend, None if past is None else past[i])
         return pad(x, rows, B, L)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a config may say
+
+
+MOST = {"num_hidden_layers": 512, "parameters": 2**32}  # of any other size 2**20, a million
+
+
+def check_sizes(c: VLMConfig) -> None:
+    """Refuse sizes that cannot be built: ValueError naming the value and what would do."""
+    for field in dataclasses.fields(c):
+        value, kind = getattr(c, field.name), field.type
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool):
+            raise ValueError(f"config: {field.name} is {shown(value)}, wanted {kind.__name__}")
+        most = MOST.get(field.name, 2**20)
+        if kind is int and value > most:
+            raise ValueError(f"config: {field.name} is {shown(value)}, wanted at most {most}")
+    positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*positive, "intermediate_size", "video_dim", "max_video_len"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"config: {name} is {getattr(c, name)}, wanted at least 1")
+    if c.parameters > MOST["parameters"]:
+        raise ValueError(f"config: {c.parameters:,} weights, wanted at most 4 billion")
+    if c.hidden_size % c.num_attention_heads:
+        raise ValueError(
+            f"config: hidden_size {c.hidden_size} is not divisible by "
+            f"num_attention_heads {c.num_attention_heads}"
+        )
+    if not c.max_video_len + 4 <= c.max_len <= c.max_position_embeddings:
+        raise ValueError(
+            f"config: max_len is {c.max_len}, wanted {c.max_video_len + 4} (max_video_len"
+            f" and 4) up to max_position_embeddings {c.max_position_embeddings}"
+        )
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        token = getattr(c, f"{name}_token_id")
+        if not 0 <= token < c.vocab_size:
+            raise ValueError(f"config: {name}_token_id is {token}, wanted 0..{c.vocab_size - 1}")
+    shares = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps")
+    for name in (*shares, "initializer_range"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"config: {name} is {getattr(c, name)}, wanted 0..1")
+    if c.num_labels < 0:
+        raise ValueError(f"config: num_labels is {c.num_labels}, wanted 0 or more")
+    if c.labels and len(c.labels) != c.num_labels:
+        raise ValueError(f"config: {len(c.labels)} labels, but num_labels {c.num_labels}")
+    said = [x for x in (*c.labels, c.stage, c.task, c.data) if x != ""]
+    if odd := [x for x in said if not is_words(x)]:
+        raise ValueError(f"config: {shown(odd[0])} among labels, stage, task, data: no words")
+    if c.type_vocab_size < 2:
+        raise ValueError("config: type_vocab_size is below 2: video and text need a row each")

@@ -601,7 +601,7 @@ def set_means(model: VLM, corpus: Corpus, clips: int = 2048, skip_bad: bool = Fa
 
 
 # ---------------------------------------------------------------------------------------------
-# python eval.py TASK | captions | heads | space | curves
+# python eval.py TASK | captions | masks | sequence | heads | space | curves | search
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:

@@ -33,8 +33,8 @@ TOOLS = [t.split() for t in (
 LEADS = ["now", "next", "then", "okay so", "um", "", "", "", ""]
 STARTS = ["{}", "{}", "we {}", "you {}", "i am going to {}", "just {}", "go ahead and {}"]
 # A narrator says what matters more than once, so that most hidden words can be read from the words
-# around them: the shortcut that hiding a whole modality takes away (sec. 3.3). A caption has some 15
-# words: where none is short, short questions are unlike all that was read in pre-training.
+# around them: the shortcut that hiding a whole modality takes away (sec. 3.3). A caption has some
+# 15 words: where none is short, short questions are unlike all that was read in pre-training.
 TAILS = ["{0} that {1} with that {2}", "yes a {2} can {0} any {1}", "{0} {0} the {1} and the {2}",
          "the {2} will {0} the {1}", "and so we {0} {1} by {2}"]  # fmt: skip
 CHATTER = [

@@ -37,7 +37,7 @@ from benchmarks import (
 from captions import caption_scores
 from data import Captions, FeatureStore, open_captions, open_corpus, special_ids
 from features import open_features
-from loop import read_checkpoint
+from keep import read_checkpoint
 from meteor import index_paraphrases, word_lists
 from s3d import load_s3d
 from vlm import VLM, VLMConfig, load_bert, load_run, load_tokenizer, read_tensors, save_run

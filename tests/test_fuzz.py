@@ -34,7 +34,7 @@ import data
 from benchmarks import is_id, is_span, is_words
 from captions import caption_scores, read_hypotheses, read_references
 from data import Captions, FeatureStore, open_data, special_ids
-from loop import read_checkpoint
+from keep import read_checkpoint
 from meteor import word_lists
 from s3d import load_s3d
 from tasks import open_task

@@ -21,7 +21,7 @@ import finetune
 import s3d
 from benchmarks import Clip, DataError, read_msrvtt
 from data import Captions, FeatureStore, encode, special_ids, vocabulary_digest
-from loop import read_checkpoint
+from keep import read_checkpoint
 from search import best_of_each, search
 from univl import read_youcook2
 from vlm import VLM, VLMConfig, load_bert, load_mmpt, load_run, load_tokenizer, save_run
