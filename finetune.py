@@ -371,7 +371,8 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
 
     facts = {"items to train on": fingerprint([repr(i.clip) for g in task.train for i in g])}
     facts |= {"items held out": len(task.val), "vocabulary": tokenizer.get_vocab_size()}
-    reached = fit(cfg, ranks, model, loss, asked, draw, out, save, facts, best)
+    reached = fit(cfg, ranks, model, out=out, loss=loss, count=asked, draw=draw, save=save,
+                  facts=facts, check=best)  # fmt: skip
     try:
         if reached.step < cfg.steps:
             raise Stopped

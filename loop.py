@@ -447,21 +447,21 @@ def fit(
     cfg: LoopConfig,
     ranks: Ranks,
     model: VLM,
+    out: Path,
     loss: Callable[[VLM, Batch], LossSums],
     count: Callable[[Batch], tuple[Tensor | int, Tensor | int]],
     draw: Callable[[int, int], Batch],
-    out: Path,
     save: Callable[[], None],
     facts: dict[str, object],
     check: Callable[[int, Log], bool] | None = None,
 ) -> Progress:
     """Train from the last checkpoint, or the start, to cfg.steps.
 
-    Args:    loss: (model, batch) -> LossSums. count: batch -> the two counts that loss will have.
-             draw: (step, micro-batch) -> this rank's batch. out: the run directory.
-             save: writes the model there beside trainer.pt. facts: what all ranks must hold alike
-             and a resumed run should. check: (step, log) -> whether it validated after that step,
-             which is then saved too.
+    Args:    out: the run directory. loss: (model, batch) -> LossSums. count: batch -> the two
+             counts that loss will have. draw: (step, micro-batch) -> this rank's batch. save: writes
+             the model beside trainer.pt. facts: what all ranks must hold alike and a resumed run
+             should. check: (step, log) -> whether it validated after that step, which is then
+             saved too.
     Returns: how far it came: fewer steps than cfg.steps when a signal asked to stop.
     Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
              of whichever rank met one, on every rank; OSError where a checkpoint cannot be written.

@@ -309,7 +309,9 @@ def pre_train(cfg: TrainConfig, ranks: Ranks) -> dict:
     captions = data.train.captions
     facts = {"training videos": fingerprint(data.train.ids), "captions": len(captions.start)}
     facts |= {"word pieces": len(captions.tokens), "vocabulary": tokenizer.get_vocab_size()}
-    reached = fit(cfg, ranks, model, loss, count, draw, out, save, facts)
+    reached = fit(
+        cfg, ranks, model, out=out, loss=loss, count=count, draw=draw, save=save, facts=facts
+    )
     try:
         if reached.step < cfg.steps:
             raise Stopped
