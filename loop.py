@@ -459,8 +459,8 @@ def fit(
 
     Args:    out: the run directory. loss: (model, batch) -> LossSums. count: batch -> the two
              counts that loss will have. draw: (step, micro-batch) -> this rank's batch. save:
-             writes the model beside trainer.pt. facts: what all ranks must hold alike and a resumed run
-             should. check: (step, log) -> whether it validated after that step, which is then
+             writes the model beside trainer.pt. facts: what all ranks must hold alike and a resumed
+             run should. check: (step, log) -> whether it validated after that step, which is then
              saved too.
     Returns: how far it came: fewer steps than cfg.steps when a signal asked to stop.
     Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
