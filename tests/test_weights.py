@@ -227,7 +227,7 @@ def test_a_malicious_checkpoint_creates_nothing(fairseq, tmp_path, how, legacy):
 
     Opened by a reader that trusts it, each of these files does make the mark: shown first.
     """
-    from loop import read_checkpoint
+    from keep import read_checkpoint
 
     mark = tmp_path / "mark"
     state = released(make(), "")
