@@ -418,7 +418,7 @@ class VLM(nn.Module):
         return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real, square(real))
 
     def encode_windows(self, video: Tensor, video_valid: Tensor, stride: int) -> Tensor:
-        """video (B, V, E), V > max_video_len; video_valid (B, V) -> (B, V+1, D): `encode_video`."""
+        """Read V > max_video_len seconds for `encode_video`: (B, V, E), (B, V) -> (B, V+1, D)."""
         (B, V), M = video_valid.shape, self.config.max_video_len
         n = 1 + -(-(V - M) // stride)  # windows
         extra = (n - 1) * stride + M - V
@@ -686,7 +686,8 @@ def convert(checkpoint: Path, out: Path, bert: str | None, heads: int | None) ->
     load_mmpt(model, checkpoint)
     save_run(out, model, tokenizer)
     print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
-    print("no means over training clips in it: zero-shot, it is compared by dot products alone")
+    if c.stage == "pre-trained":
+        print("it holds no means over training clips: zero-shot, dot products alone compare")
     if not tokenizer:
         print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
 
