@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 import eval as evaluation
 import finetune
 import s3d
-from benchmarks import Clip, DataError, read_msrvtt
+from benchmarks import Clip, DataError
 from data import Captions, FeatureStore, encode, special_ids, vocabulary_digest
 from keep import read_checkpoint
 from search import best_of_each, search
@@ -41,12 +41,12 @@ def python(*args, cwd: Path) -> str:
 # ---- real video files, all the way
 
 
-def write_msrvtt(root: Path, captions: dict[str, list[str]]) -> list[str]:
-    """Write MSR-VTT's files for these clips; return the ids that are tested."""
+def write_msrvtt(root: Path, captions: dict[str, list[str]], held_out: int) -> list[str]:
+    """Write MSR-VTT's files for these clips; return the ids that are tested, the first ones."""
     folder = root / "msrvtt"
     folder.mkdir(parents=True)
     ids = sorted(captions)
-    train, test = ids[HELD_OUT:], ids[:HELD_OUT]
+    train, test = ids[held_out:], ids[:held_out]
     sentences = [{"video_id": v, "caption": c} for v in ids for c in captions[v]]
     (folder / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
     (folder / "MSRVTT_train.csv").write_text("\n".join(["video_id", *train]) + "\n")
@@ -86,7 +86,7 @@ def test_real_clips_become_a_fine_tuned_run_that_is_tested_and_searched(
         assert "RANDOM WEIGHTS (seed 0)" in capsys.readouterr().out
     assert len(list(clips.iterdir())) == 15
     check_lengths(root / "features", list(clips.iterdir()))
-    test = write_msrvtt(root, captions)
+    test = write_msrvtt(root, captions, HELD_OUT)
     settings = dict(task="retrieval", epochs=2, batch=5, lr=1e-4, out=str(tmp_path / "run"))
     settings |= dict(bert=str(shared / "weights" / "bert_tiny"), held_out=0.2)
     summary = finetune.main(finetune.TuneConfig(data=str(root), **settings), {"epochs"})
@@ -107,21 +107,21 @@ def test_real_clips_become_a_fine_tuned_run_that_is_tested_and_searched(
 
 @pytest.mark.slow
 def test_the_commands_do_the_same_at_full_size(shared, tmp_path):
-    """The eight shortest clips, 45 seconds, through the commands themselves: two minutes."""
+    """The five shortest clips, 25 seconds, through the commands themselves: a minute."""
     pytest.importorskip("av", reason="PyAV is not installed: pip install av")
     captions = json.loads((shared / "msvd" / "captions.json").read_text())
     clips = sorted((shared / "msvd" / "clips").iterdir())
     clips.sort(key=lambda path: np.subtract(*map(int, path.stem.split("_")[:-3:-1])))
-    clips, root = clips[:8], tmp_path / "data"
+    clips, root = clips[:5], tmp_path / "data"
     said = python("s3d.py", *clips, "--random-weights", 0, "--out", root / "features",
                   cwd=tmp_path)  # fmt: skip
-    assert "RANDOM WEIGHTS" in said and "8 videos" in said and " left" in said
+    assert "RANDOM WEIGHTS" in said and "5 videos" in said and " left" in said
     check_lengths(root / "features", clips)
-    write_msrvtt(root, {path.stem: captions[path.stem] for path in clips})
+    write_msrvtt(root, {path.stem: captions[path.stem] for path in clips}, 2)
     tune = ["--bert", shared / "weights/bert_tiny", "--out", "run", "--batch", 3, "--steps", 9]
     python("finetune.py", "retrieval", "--data", root, *tune, cwd=tmp_path)
     said = python("eval.py", "retrieval", "--run", "run", "--data", root, cwd=tmp_path)
-    assert "retrieval on msrvtt, 5 items, fine-tuned for retrieval" in said
+    assert "retrieval on msrvtt, 2 items, fine-tuned for retrieval" in said
 
 
 # ---- what a search finds
@@ -135,18 +135,6 @@ def ranks(run: Path, features: FeatureStore, clips: list[Clip], videos: list[str
         best = best_of_each(search(model, tokenizer, features, clip.text, videos, stride))
         found.append(1 + [moment.video for moment in best].index(clip.video))
     return np.array(found)
-
-
-@pytest.mark.slow
-def test_search_finds_held_out_toy_clips(tmp_path):
-    """After 400 steps from nothing: combinations that no training video shows or says."""
-    python("train.py", "--steps", 400, "--out", "run", cwd=tmp_path)
-    features = FeatureStore(tmp_path / "toy" / "features")
-    clips = read_msrvtt(tmp_path / "toy" / "msrvtt")["test"]
-    videos = [clip.video for clip in clips]
-    found = ranks(tmp_path / "run", features, clips[:30], videos, 32)
-    print(f"{(found <= 10).mean():.2f} of 30 among the first 10 of 300, by chance 0.03")
-    assert len(videos) == 300 and (found <= 10).mean() > 0.2
 
 
 @pytest.mark.slow
