@@ -138,8 +138,8 @@ def check_narration(
                 ).sum()
             )
             total += n
-        rate = len(captions.tokens) / max(1, total)
-        print(f"            {rate:.1f} tokens a second of video")
+        rate = f"{len(captions.tokens) / total:.1f}" if total else "no features: no"
+        print(f"            {rate} tokens a second of video")
         if late:
             bad(f"captions: {late} start after the last feature row; no clip is drawn around them")
     wanted = {}
@@ -190,6 +190,8 @@ def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, l
         if name == "coin":
             line += f", {len({clip.key for clip in items})} labels"
         print(f"{name:12}{line}")
+        if not items and split in ("test", "validation", "testing"):  # QA alone may be left out
+            bad(f"{name} {split}: none: its list is missing or empty, nothing can be tested")
         ends = {video: _seconds(store, video) for video in dict.fromkeys(ids)}
         past = [clip for clip in items if clip.start >= ends[clip.video]]
         if past:

@@ -147,7 +147,10 @@ class Captions:
         """
         about = read_json(folder / "about.json", dict)
         if about.get("tokenizer") != vocabulary_digest(tokenizer):
-            raise DataError(f"{folder}: packed with another vocabulary: pack again with this one")
+            raise DataError(
+                f"{folder}: packed with another vocabulary: "
+                "name that one with --bert, or pack again"
+            )
         ids, words, removed = (about.get(key) for key in ("ids", "words", "removed"))
         known = isinstance(ids, list) and all(map(is_id, ids)) and len(set(ids)) == len(ids)
         if not known or not isinstance(words, int) or not isinstance(removed, int):
@@ -554,7 +557,9 @@ def open_data(
         if len(test) < len(listed):
             said.append(f"test: {len(listed) - len(test)} of {len(listed)} clips have no features")
     if not test and val is not None:
-        name, test = "one clip of each video of val.lst", val_clips(val, tokenizer)
+        name, test = "clips, one of each video of val.lst (no test list)", val_clips(val, tokenizer)
+    if val is None:
+        said.append("no val.lst: no held-out loss")
     if isinstance(bad, Bad) and bad.messages:
         said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     repeats = f"{captions.removed} of {captions.words} words removed as repeats"
@@ -584,10 +589,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about, example in (
-        ("check", "print counts, missing features, bad rows; exit code 1 if any", "check DATA"),
-        ("toy", "write the toy world", "toy DIR --seed 1"),
+        ("check", "print counts, missing features, bad rows; exit code 1 if any", "check toy"),
+        ("toy", "write the toy world", "toy world --seed 1"),
         ("pack", "pack features into shards and captions into flat arrays",
-         "pack DATA --out PACKED --bert bert-base-uncased"),
+         "pack toy --out packed"),
     ):  # fmt: skip
         a = commands.add_parser(name, allow_abbrev=False, help=about, description=about,
                                 epilog=f"example: python data.py {example}")  # fmt: skip

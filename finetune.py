@@ -273,7 +273,7 @@ class Best:
         if better:
             self.best, self.at = value, step
             self.save()
-        said = f"      epoch {step / self.epoch:g}: held-out {metric} {value:.3f}"
+        said = f"      epoch {step / self.epoch:.3g}: held-out {metric} {value:.3f}"
         said += ", the best so far" if better else f", best {self.best:.3f} at step {self.at}"
         took = f" ({time.monotonic() - begun:.1f} s)"
         log({"step": step, "validation": value, "metric": metric}, said + took)
@@ -352,7 +352,7 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
     model.to(ranks.device)
     options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
     best = Best(task, model, tokenizer, ranks, out, options, epoch=epoch, last=cfg.steps)
-    ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} clips, {epoch} an epoch")
+    ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} items, {epoch} an epoch")
 
     def loss(model: VLM, batch: Batch) -> LossSums:
         return LOSS[cfg.task](model, batch, ranks.gather)

@@ -60,16 +60,21 @@ def opt(default, text: str, group: str = "", metavar: str | None = None, choices
 class LoopConfig:
     """What pre-training and fine-tuning are both told; what is left at None is filled in later."""
 
-    data: str = opt("toy", "folder laid out as data.py says; `toy` is written", "data", "DIR")
+    data: str = opt(
+        "toy", "folder laid out as data.py says; `toy` is written if missing", "data", "DIR"
+    )
     features: str | None = opt(
-        None, "features elsewhere: a folder of .npy or shards, or a .pickle", metavar="DIR|FILE"
+        None,
+        "a folder of .npy or shards, or a .pickle (default: DATA/features*)",
+        metavar="DIR|FILE",
     )
     skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
     workers: int = opt(0, "loader processes a rank; they change speed, never the numbers")
 
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
-    init: str | None = opt(None, "start from the weights of this run", metavar="RUN")
+    init: str | None = opt(None, "start from this run's weights (fine-tuning's default: the newest "
+                                 "run of train.py on DATA)", metavar="RUN")  # fmt: skip
     dropout: float | None = opt(None, "dropout, 0..1 (default: toy 0, else the model's own)")
 
     steps: int | None = opt(None, "steps (default: what --epochs give, see above)", "optimisation")
@@ -83,10 +88,10 @@ class LoopConfig:
         None, "peak rate of the video MLP, which starts new beside --bert (default: that of --lr)"
     )
     warmup: int | None = opt(
-        None, "warm-up steps (default: a tenth of all, at most the paper's 1000, tuning 122)"
+        None, "warm-up steps (default: a tenth of all, at most the paper's 1000; fine-tuning 122)"
     )
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
-    clip: float = opt(2.0, "largest gradient norm (paper: 2.0)")
+    clip: float = opt(2.0, "gradients of a larger norm are scaled down to this (paper: 2.0)")
     precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
                          choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
     compile: bool = opt(False, "compile the encoder's layers: minutes first, faster steps after")

@@ -132,7 +132,8 @@ def plot_sequence(tokenizer: Tokenizer, corpus: Corpus, path: str | Path, longes
         axis.set_axis_off()
         axis.set_title(f"{way} hidden", fontsize=11, loc="left")
     said = "Filled tokens are to be predicted: seconds v1.. read as zeros, words as [MASK] "
-    figure.suptitle(said + "(10 % another, 10 % itself). Below: positions", fontsize=12)
+    said += "(single ones 10 % another, 10 % itself). Below: positions"
+    figure.suptitle(said, fontsize=12)
     save(figure, path)
     plt.close(figure)
 

@@ -132,7 +132,8 @@ def open_task(
     if isinstance(bad, Bad) and bad.messages:
         task.said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     if not task.test:
-        raise DataError(f"{folder}: nothing to test {name} by: {'; '.join(task.said) or 'empty'}")
+        raise DataError(f"{folder}: nothing to test {name} by: "
+                        f"{'; '.join(task.said) or 'its list is missing or empty'}")  # fmt: skip
     sizes = f"{len(task.train)} to train on, {len(task.val)} to validate, {len(task.test)} to test"
     task.said.insert(0, f"{name} on {dataset}: {sizes}")
     return task

@@ -98,7 +98,9 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
         saved = read_checkpoint(out / "trainer.pt")["config"]
         known = {f.name for f in dataclasses.fields(cfg)}
         if "task" in saved and saved["task"] != getattr(cfg, "task", None):
-            raise ValueError(f"{out} was fine-tuned for {saved['task']}: resume it as that")
+            task = saved["task"]
+            raise ValueError(f"{out} was fine-tuned for {task}: resume it as that, "
+                             f"torchrun finetune.py {task} --resume --out {out}")  # fmt: skip
         if "task" in known and "task" not in saved:
             raise ValueError(f"{out} is a pre-training run: torchrun train.py --resume goes on")
         changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
@@ -115,6 +117,9 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
         if "epochs" in changed and "steps" not in changed:
             values["steps"] = None
         return type(cfg)(**values | {"resume": True, "out": str(out), "json": cfg.json})
+    if (cfg.bert or cfg.init) and (sizes := given & {"layers", "width"}):
+        source = f"--bert {cfg.bert}" if cfg.bert else f"--init {cfg.init}"
+        raise ValueError(f"--{min(sizes)}: {source} has its own: leave the flag out")
     defaults = toy if is_toy(cfg.data) else paper
     empty = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
     if cfg.epochs is not None:

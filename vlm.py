@@ -632,7 +632,9 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
     """
     path = Path(path)
     if not (path / "config.json").exists():
-        raise DataError(f"{path}: no run here (config.json is missing): train one with train.py")
+        raise DataError(
+            f"{path}: no run here (config.json is missing): train one with train.py or finetune.py"
+        )
     config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
     tensors = read_tensors(weights)
     with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold

@@ -261,6 +261,8 @@ def read_mmpt(path: str | Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # torch's reader fails in a dozen ways on what is no checkpoint
         raise DataError(f"{path}: not a PyTorch checkpoint ({first_line(error)})") from None
+    if isinstance(found, dict) and {"model", "config", "facts"} <= set(found):
+        raise DataError(f"{path}: a checkpoint of this code: its folder is a run as it stands")
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -381,7 +383,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((f for f in names if f.is_file()), None)
     if file is None:
-        raise DataError(f"{path}: wanted tokenizer.json or vocab.txt, found neither")
+        what = "found neither" if path.is_dir() else "and there is no such file or folder"
+        raise DataError(f"{path}: wanted tokenizer.json or vocab.txt, {what}")
     text = read_text(file)
     try:
         if file.suffix == ".txt":

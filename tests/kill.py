@@ -1,6 +1,6 @@
 """Kill train.py at random moments, go on each time, and compare with a run that nobody killed.
 
-    python tests/kill.py --kills 30 --seed 0          about five minutes on two cores
+    python tests/kill.py --kills 30 --seed 0          five to ten minutes on two cores
 
 Three kinds of death by SIGKILL, in turn: at any moment after the start (in the imports too), in the
 middle of writing a checkpoint (while a .partial file is there), and, under torchrun, of one of two
@@ -128,8 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--kills", type=int, default=30, help="deaths, all kinds together")
-    parser.add_argument("--seed", type=int, default=0, help="other moments")
+    parser.add_argument(
+        "--kills", type=int, default=30, help="deaths, all kinds together (default: 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="other moments (default: 0)")
     parser.add_argument("--folder", help="where to work (default: a temporary one, removed)")
     args = parser.parse_args(argv)
     begun = time.monotonic()

@@ -18,6 +18,7 @@ import data
 from benchmarks import Bad, Clip, read_coin, read_crosstask, read_msrvtt, read_youcook2
 from captions import caption_scores
 from data import Captions, Corpus, DataError, FeatureStore, deduplicate, hide, pairs, uniforms
+from tasks import open_task
 from toy import OBJECTS, TOOLS, VERBS, write_toy
 from vlm import VLMConfig, load_tokenizer
 
@@ -465,6 +466,25 @@ def test_check_names_test_videos_that_are_pre_trained_on(small_toy, tmp_path, ca
         assert line in out
 
 
+def test_lists_that_are_missing_are_said(small_toy, tmp_path, capsys):
+    """Without them a run would be tested on something else, or not at all, and look the same."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    (world / "msrvtt" / "MSRVTT_JSFUSION_test.csv").unlink()
+    (world / "msrvtt" / "MSRVTT_QA_test.csv").unlink()  # which not everybody has
+    assert data.main(["check", str(world), "--headers"]) == 1
+    out = capsys.readouterr().out
+    assert "1 problems" in out and "msrvtt test: none: its list is missing or empty" in out
+    with pytest.raises(DataError, match="nothing to test retrieval by: its list is missing"):
+        open_task("retrieval", world, data.open_features(world), "msrvtt")
+    tokenizer, features = load_tokenizer(world), data.open_features(world)
+    c = VLMConfig(video_dim=64, **data.special_ids(tokenizer))
+    opened, _ = data.open_data(world, features, tokenizer, c)
+    assert len(opened.test) == 2 and "one of each video of val.lst (no test" in opened.test_name
+    (world / "val.lst").unlink()
+    opened, said = data.open_data(world, features, tokenizer, c)
+    assert not opened.test and "no val.lst: no held-out loss" in said
+
+
 def test_check_opens_a_video_once_for_all_its_segments(small_toy, monkeypatch):
     """A real COIN has 46,354 of them; a damaged video is one problem, not one a segment."""
     opened, plain = [], FeatureStore.open
@@ -486,7 +506,7 @@ def first(captions):
 
 
 SPOILT = {
-    "missing folder": (lambda d: shutil.rmtree(d), "no "),
+    "missing folder": (lambda d: shutil.rmtree(d), "no such folder"),
     "empty features": (
         lambda d: (shutil.rmtree(d / "features"), (d / "features").mkdir()),
         "empty; wanted <video_id>.npy",

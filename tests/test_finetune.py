@@ -393,7 +393,7 @@ BAD = {
     "segmentation --init {run} --data {toy} --stride 0": r"error: --stride is 0, wanted more than",
     "qa --init {run} --data {toy} --mlp-lr 0": r"error: --mlp-lr is 0.0, wanted more than 0",
     "qa --init {run} --data {toy} --join-captions 0": r"error: --join-captions is 0, wanted more",
-    "qa --init {run} --data nowhere": r"error: nowhere: no features/ folder",
+    "qa --init {run} --data nowhere": r"error: nowhere: no such folder",
     "qa --init nowhere --data {toy}": r"error: nowhere: no run here",
     "captioning --data {toy} --resume --out {run}": "error: .* is a pre-training run",
     "qa --init {run} --data {toy} --batch 6 --accumulate 4": "error: --batch 6 is not",

@@ -173,5 +173,5 @@ def test_a_node_without_the_data_says_so_and_neither_hangs(small_toy, tmp_path):
     shutil.copytree(small_toy, nodes[0] / "corpus")
     said = "".join(agents(nodes, "--data", "corpus", *SHORT))
     # which of the two becomes rank 0 is the rendezvous' choice
-    assert re.search(r"error: (on rank 1: )?corpus: no features/ folder", said)
+    assert re.search(r"error: (on rank 1: )?corpus: no such folder", said)
     assert not list(tmp_path.glob("*/runs/*/trainer.pt"))

@@ -355,7 +355,7 @@ def test_real_narration_and_a_real_bert_train_on_two_ranks(shared, tmp_path):
 
 
 BAD = {
-    "--data nowhere": "error: nowhere: no features/ folder",
+    "--data nowhere": "error: nowhere: no such folder",
     "--data . --steps 0": "error: --steps is 0, wanted more than 0",
     "--mmm 1.5": "error: --mmm is 1.5, wanted 0..1",
     "--min-text 65": r"error: --min-text is 65, wanted 1..64",
@@ -368,6 +368,8 @@ BAD = {
     "--data {toy} --out {toy}": "error: --out .* is not empty",
     "--bert a --init b": "error: --bert and --init both",
     "--scratch": "error: --scratch wants the sizes and vocabulary of --bert",
+    "--data {toy} --bert nowhere": "error: nowhere: .* no such file or folder",
+    "--init {toy} --layers 2": "error: --layers: --init .* has its own: leave the flag out",
     "--width 33": "error: --width is 33, wanted a multiple of 32",
 }
 

@@ -168,6 +168,9 @@ def test_convert_writes_a_run_directory(fairseq, small_toy, tmp_path, capsys):
     other = fairseq(released(make()))
     with pytest.raises(ValueError, match="word pieces, the checkpoint 110: they are not a pair"):
         vlm.main(["convert", str(other), *args[2:], str(tmp_path / "more")])
+    torch.save({"model": released(make()), "config": {}, "facts": {}}, tmp_path / "trainer.pt")
+    with pytest.raises(ValueError, match="trainer.pt: a checkpoint of this code: its folder is a"):
+        vlm.main(["convert", str(tmp_path / "trainer.pt"), *args[2:], str(tmp_path / "more")])
 
 
 BROKEN = {
