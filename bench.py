@@ -184,7 +184,7 @@ def step(args) -> list[dict]:
     check_readings()
     peaks = {}
     for which in ("padded", "ours"):  # a process each, for peaks do not go down again
-        me = [sys.executable, __file__, "peak", "--which", which, "--batch", str(B)]
+        me = [sys.executable, __file__, "step", "--which", which, "--batch", str(B)]
         done = subprocess.run([*me, "--layers", str(args.layers)], capture_output=True, text=True)
         peaks[which] = float(done.stdout)
     what = f"peak memory of the step, {B} clips, fp32, weights and Adam's state among it"
@@ -588,8 +588,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    names = f"{', '.join(BENCHES)}, all or ablation (which has a --help of its own)"
-    parser.add_argument("name", metavar="NAME", help=names)
+    names = [*BENCHES, "all", "ablation"]
+    parser.add_argument("name", choices=names, metavar="NAME",
+                        help=f"{', '.join(names)}; the last has a --help of its own")  # fmt: skip
     a = parser.add_argument_group("measuring").add_argument
     a("--repeat", type=int, default=5, metavar="N", help="runs of each (default: 5)")
     a("--json", metavar="FILE", help="write the rows to this file too")
@@ -603,14 +604,12 @@ def main(argv: list[str] | None = None) -> int:
     a("--compile", action="store_true", help="step: compile our layers")
     a("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.name not in (*BENCHES, "all", "peak"):
-        raise ValueError(f"NAME is {args.name!r}, wanted {names}")
     for flag, least in (("repeat", 1), ("layers", 1), ("clips", 1), ("videos", 100)):
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training
-    if args.name == "peak":
+    if args.which:
         peak(args)
         return 0
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -60,11 +60,6 @@ def test_operations_are_counted_by_hand():
     assert operations(batch, c) == 3 * 2 * forward
 
 
-def test_an_unknown_measurement_is_an_error_that_names_all():
-    with pytest.raises(ValueError, match="NAME is 'stap', wanted step, .*, all or ablation"):
-        bench.main(["stap"])
-
-
 def test_rows_are_ratios_in_which_more_is_better():
     faster = bench.row("x", "speed", 2.0, 6.0, "clips/s", higher=True)
     smaller = bench.row("x", "memory", 6.0, 2.0, "MiB")
