@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,23 +160,29 @@ def hold(root: str) -> None:
 
 
 def two_processes(root: Path, args) -> list[dict]:
-    """Pre-training by two processes against one, a thread and a core each."""
+    """Pre-training by two processes against one, a thread and a core each; and what two runs that
+    have nothing to do with each other reach at once, which is all that two cores have."""
     mine = sorted(os.sched_getaffinity(0))
     if len(mine) < 2:
         print("ranks: left out; one core", file=sys.stderr)
         return []
-    rates = {1: [], 2: []}
+    rates = {"one": [], "ranks": [], "apart": []}
     write_toy(root / "toy", scale=0.1)
     os.sched_setaffinity(0, mine[:2])  # for the children: a rank takes the cores it may use
     try:
         for n in range(args.repeat):
-            for ranks, seen in rates.items():
-                seen.append(train_rate(root, ranks, f"{ranks}-{n}"))
+            rates["one"].append(train_rate(root, 1, f"one-{n}"))
+            rates["ranks"].append(train_rate(root, 2, f"ranks-{n}"))
+            with ThreadPoolExecutor(2) as pool:
+                runs = [pool.submit(train_rate, root, 1, f"apart-{n}-{i}") for i in range(2)]
+            rates["apart"].append(sum(run.result() for run in runs))
     finally:
         os.sched_setaffinity(0, mine)
-    a, b = (statistics.median(x) for x in rates.values())
+    one, ranks, apart = (statistics.median(x) for x in rates.values())
     what = "pre-training by two processes against one, a thread each, 4 layers 256 wide, 64 clips"
-    return [row("ranks", what, a, b, "clips/s", higher=True)]
+    return [row("ranks", what, one, ranks, "clips/s", higher=True),
+            row("two runs", "two runs of one process each at once, against one of them", one, apart,
+                "clips/s", higher=True)]  # fmt: skip
 
 
 def train_rate(folder: Path, ranks: int, name: str) -> float:

@@ -100,7 +100,14 @@ def test_scale_is_measured(monkeypatch, tmp_path, capsys):
     args = ["scale", "--videos", "400", "--repeat", "1", "--json", str(path)]
     assert bench.main(args) == 0
     rows = json.loads(path.read_text())
-    names = ["videos", "shards", *2 * ["start shards", "start .npy"], *2 * ["state"], "ranks"]
+    names = [
+        "videos",
+        "shards",
+        *2 * ["start shards", "start .npy"],
+        *2 * ["state"],
+        "ranks",
+        "two runs",
+    ]
     assert sorted(r["name"] for r in rows) == sorted(names)
     # 400 videos hold less than the noise of a process's memory: bytes a video may come out below 0
     assert all(r["ratio"] > 0 for r in rows if r["name"] != "state")
