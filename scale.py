@@ -159,6 +159,9 @@ def hold(root: str) -> None:
     print(memory_mib(torch.device("cpu")), int(now) / 2**10)
 
 
+TRAINED = "--width 256 --layers 4 --batch 64"  # large enough that gradients take time to sum
+
+
 def two_processes(root: Path, args) -> list[dict]:
     """Pre-training by two processes against one, a thread and a core each; and what two runs that
     have nothing to do with each other reach at once, which is all that two cores have."""
@@ -189,7 +192,7 @@ def train_rate(folder: Path, ranks: int, name: str) -> float:
     """Run train.py for twelve steps: clips a second of the last eight."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     me = [*(torchrun if ranks > 1 else []), str(Path(__file__).with_name("train.py"))]
-    flags = f"--data toy --width 256 --layers 4 --batch 64 --steps 12 --log-every 4 --out {name}"
+    flags = f"--data toy {TRAINED} --steps 12 --log-every 4 --out {name}"
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = [sys.executable, *me, *flags.split()]
     subprocess.run(done, cwd=folder, env=env, check=True, capture_output=True)

@@ -96,6 +96,7 @@ def test_too_few_videos_to_measure_growth_are_an_error():
 def test_scale_is_measured(monkeypatch, tmp_path, capsys):
     """All rows of `python bench.py scale` in a short form, its child processes included."""
     monkeypatch.setattr(bench, "start_ranks", lambda: None)
+    monkeypatch.setattr(scale, "TRAINED", "--width 32 --layers 1 --batch 8")
     path = tmp_path / "rows.json"
     args = ["scale", "--videos", "400", "--repeat", "1", "--json", str(path)]
     assert bench.main(args) == 0
