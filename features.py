@@ -260,9 +260,9 @@ def open_features(data: str | Path, features: str | Path | None = None) -> Featu
     """Open `--features DIR|FILE`, or each features* folder of DATA as one; DataError if none."""
     if features is not None:
         return FeatureStore(features)
-    folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
     if not Path(data).is_dir():
         raise DataError(f"{data}: no such folder")
+    folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
     if not folders:
         raise DataError(
             f"{data}: no features/ folder: put <video_id>.npy there or pass --features DIR"
