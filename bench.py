@@ -38,6 +38,7 @@ from torch import Tensor
 import ablation
 from data import Corpus, hide, lay_out
 from data import uniforms as numbers_a_clip
+from keep import hold_pages
 from loop import memory_mib, start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
@@ -47,6 +48,7 @@ from vlm import VLM, Batch, VLMConfig, attention_mask, run
 # The machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = Path(__file__).parent
 
 
 def half() -> torch.dtype | None:
@@ -131,10 +133,10 @@ def padded_loss(model: VLM, batch: Batch) -> Tensor:
     return total / (batch.video_hidden.sum() + batch.text_hidden.sum())
 
 
-def trainer(which: str, dtype: torch.dtype | None, B: int, layers: int, compiled=False) -> Callable:
+def trainer(which: str, dtype: torch.dtype | None, B: int, compiled=False, **sizes) -> Callable:
     """Make one optimizer step of BERT-base: `padded` or `ours`, in fp32 or autocast to dtype."""
     torch.manual_seed(0)
-    model = VLM(VLMConfig(num_hidden_layers=layers)).to(DEVICE).train()
+    model = VLM(VLMConfig(**sizes)).to(DEVICE).train()
     for layer in model.bert.encoder["layer"] if compiled else ():
         layer.compile(dynamic=True)
     params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
@@ -189,14 +191,14 @@ def step(args) -> list[dict]:
         peaks[which] = float(done.stdout)
     what = f"peak memory of the step, {B} clips, fp32, weights and Adam's state among it"
     rows.append(row("memory", what, peaks["padded"], peaks["ours"], "MiB"))
-    plain = trainer("padded", None, B, args.layers)
+    plain = trainer("padded", None, B, num_hidden_layers=args.layers)
     for name, dtype in (("fp32", None), ("bf16", half()), ("fp16", torch.float16)):
         if name == "bf16" and dtype is None:
             print("bf16: this processor has no bf16 multiplication, left out", file=sys.stderr)
             continue
         if name == "fp16" and DEVICE == "cpu":
             continue  # CPUs have no fast fp16 for training
-        ours = trainer("ours", dtype, B, args.layers, args.compile)
+        ours = trainer("ours", dtype, B, args.compile, num_hidden_layers=args.layers)
         a, b = in_turn(plain, ours, args.repeat)
         what = f"pre-training step of {B} clips, ours in {name} against padded in fp32"
         rows.append(row(f"step {name}", what, B / a, B / b, "clips/s", higher=True))
@@ -204,15 +206,42 @@ def step(args) -> list[dict]:
         what = f"share of the matrix ceiling in {name}, counting real tokens only"
         rows.append(row(f"ceiling {name}", what, 1.0, share, "of 1", higher=True))
         del ours
-    return rows
+    return rows + (pages(args) if DEVICE == "cpu" else [])
 
 
 def peak(args) -> None:
     """Print the peak memory of three steps."""
-    once = trainer(args.which, None, args.batch, args.layers)
+    once = trainer(args.which, None, args.batch, num_hidden_layers=args.layers)
     for _ in range(3):
         once()
     print(memory_mib(torch.device(DEVICE)))
+
+
+def small_step(hold: bool) -> None:
+    """Print the median seconds of a small model's step, and the peak memory in MiB."""
+    if hold:
+        hold_pages()
+    start_ranks()
+    sizes = dict(hidden_size=128, num_attention_heads=2, intermediate_size=512)
+    once, seconds = trainer("ours", None, 64, num_hidden_layers=2, **sizes), []
+    for _ in range(6):
+        begun = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - begun)
+    print(statistics.median(seconds[1:]), memory_mib(torch.device(DEVICE)))
+
+
+def pages(args) -> list[dict]:
+    """A small model's step: what it frees goes back to the system, or stays (keep.hold_pages)."""
+    found: dict = {False: [], True: []}
+    for hold in [False, True] * args.repeat:  # a process each: what malloc was told lasts
+        me = [sys.executable, "-c", f"import bench; bench.small_step({hold})"]
+        done = subprocess.run(me, check=True, capture_output=True, text=True, cwd=HERE)
+        found[hold].append([float(x) for x in done.stdout.split()])
+    a, b = (np.median(found[hold], 0).tolist() for hold in (False, True))  # seconds, MiB
+    what = "of 64 clips, 2 layers 128 wide, BERT's vocabulary: freed memory given back, and held"
+    return [row("pages", f"step {what}", 64 / a[0], 64 / b[0], "clips/s", higher=True),
+            row("pages memory", f"peak memory, step {what}", a[1], b[1], "MiB")]  # fmt: skip
 
 
 def precision(args) -> list[dict]:
@@ -221,7 +250,7 @@ def precision(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         write_toy(Path(folder) / "toy", scale=0.3)
         for name in ("fp32", "bf16", "fp16"):
-            me = [sys.executable, Path(__file__).with_name("train.py"), "--data", f"{folder}/toy"]
+            me = [sys.executable, HERE / "train.py", "--data", f"{folder}/toy"]
             me += ["--precision", name, "--out", f"{folder}/{name}", "--log-every", "20"]
             subprocess.run([*me, "--steps", "200"], check=True, capture_output=True)
             log = Path(folder, name, "log.jsonl").read_text().splitlines()

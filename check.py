@@ -80,12 +80,13 @@ def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: b
                 f"{part}: {len(both)} of {len(set(ids))} videos are in train.lst too, first "
                 f"{both[0]}: take them out of train.lst (sec. 5.1.2: none is pre-trained on)"
             )
-    print(f"\n{len(bad.messages)} problems" if bad.messages else "\nno problems")
+    n = len(bad.messages)
+    print(f"\n{n or 'no'} problem{'s' * (n != 1)}")
     for message in bad.messages[:20]:
         print(f"  {message}")
-    if len(bad.messages) > 20:
-        print(f"  and {len(bad.messages) - 20} more")
-    return len(bad.messages)
+    if n > 20:
+        print(f"  and {n - 20} more")
+    return n
 
 
 def check_features(store: FeatureStore, bad: Callable, scan: bool) -> None:

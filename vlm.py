@@ -21,9 +21,6 @@ must be predicted; `attend (B, L, L)`: the row may look at the column.
 import argparse
 import dataclasses
 import math
-import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import DataError
 from bert import Bert, Layer, VLMConfig, pad
+from keep import run
 from weights import (
     LoadReport,
     load_bert,
@@ -722,20 +720,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.video < 0 or args.text < 1:
         raise ValueError(f"--video {args.video} --text {args.text}: wanted at least 0 and 1")
     print("\n\n".join(draw_mask(kind, args.video, args.text) for kind in KINDS))
-
-
-def run(main: Callable[[], object]) -> None:
-    """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # whoever reads our output, as head does, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may exit write there
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # what all ranks meet rank 0 says, and torchrun then ends the others
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

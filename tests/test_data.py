@@ -473,7 +473,7 @@ def test_lists_that_are_missing_are_said(small_toy, tmp_path, capsys):
     (world / "msrvtt" / "MSRVTT_QA_test.csv").unlink()  # which not everybody has
     assert data.main(["check", str(world), "--headers"]) == 1
     out = capsys.readouterr().out
-    assert "1 problems" in out and "msrvtt test: none: its list is missing or empty" in out
+    assert "1 problem\n" in out and "msrvtt test: none: its list is missing or empty" in out
     with pytest.raises(DataError, match="nothing to test retrieval by: its list is missing"):
         open_task("retrieval", world, data.open_features(world), "msrvtt")
     tokenizer, features = load_tokenizer(world), data.open_features(world)
@@ -583,7 +583,7 @@ def test_check_reports_bad_data_and_goes_on(spoilt, capsys):
     """`check` never stops at the first problem: exit code 1 and a count."""
     assert data.main(["check", str(spoilt[0])]) == 1
     out = capsys.readouterr().out
-    assert " problems\n" in out and "15 texts in 15 videos" in out
+    assert " problem" in out and "15 texts in 15 videos" in out
 
 
 def test_bad_rows_are_counted_and_left_out_on_request(small_toy, tmp_path):

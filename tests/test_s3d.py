@@ -890,16 +890,3 @@ def test_real_pixels_are_those_of_ffmpegs_own_filters(av, shared, name):
                 if len(theirs) >= 30:
                     break
     assert abs(ours.astype(int) - np.stack(theirs[:30])).mean() < 0.5
-
-
-@pytest.mark.slow
-def test_real_clips_become_features_by_the_command(av, shared, tmp_path):
-    """Two real clips at full size: about a minute on one core."""
-    clips = [
-        shared / "msvd" / "clips" / f"{k}"
-        for k in ("WTf5EgVY5uU_124_128.avi", "778mkceE0UQ_40_46.gif")
-    ]
-    assert go(*clips, "--random-weights", 0, "--out", tmp_path) == 0
-    assert {k: x.shape for k, x in rows(tmp_path).items()} == {
-        "WTf5EgVY5uU_124_128": (4, 512), "778mkceE0UQ_40_46": (5, 512)
-    }  # fmt: skip
