@@ -1,6 +1,7 @@
 """Measure what README's table says: each row a ratio, A and B taken in turn in one run.
 
-    python bench.py step           a pre-training step against a plain padded reading of the model
+    python bench.py step           a pre-training step against a plain padded reading of the model;
+                                   a small one with freed memory held against given back
     python bench.py precision      200 steps in bf16 and fp16 against fp32
     python bench.py caption        beam search with kept keys and values against recomputing
     python bench.py encode         retrieval apart against padded joint passes, with backward too
@@ -217,13 +218,13 @@ def peak(args) -> None:
     print(memory_mib(torch.device(DEVICE)))
 
 
-def small_step(hold: bool) -> None:
-    """Print the median seconds of a small model's step, and the peak memory in MiB."""
+def small_step(hold: bool, B: int) -> None:
+    """Print the median seconds of a small model's step of B clips, and the peak memory in MiB."""
     if hold:
         hold_pages()
     start_ranks()
     sizes = dict(hidden_size=128, num_attention_heads=2, intermediate_size=512)
-    once, seconds = trainer("ours", None, 64, num_hidden_layers=2, **sizes), []
+    once, seconds = trainer("ours", None, B, num_hidden_layers=2, **sizes), []
     for _ in range(6):
         begun = time.perf_counter()
         once()
@@ -233,14 +234,14 @@ def small_step(hold: bool) -> None:
 
 def pages(args) -> list[dict]:
     """A small model's step: what it frees goes back to the system, or stays (keep.hold_pages)."""
-    found: dict = {False: [], True: []}
+    found, B = {False: [], True: []}, 4 * args.batch
     for hold in [False, True] * args.repeat:  # a process each: what malloc was told lasts
-        me = [sys.executable, "-c", f"import bench; bench.small_step({hold})"]
+        me = [sys.executable, "-c", f"import bench; bench.small_step({hold}, {B})"]
         done = subprocess.run(me, check=True, capture_output=True, text=True, cwd=HERE)
         found[hold].append([float(x) for x in done.stdout.split()])
     a, b = (np.median(found[hold], 0).tolist() for hold in (False, True))  # seconds, MiB
-    what = "of 64 clips, 2 layers 128 wide, BERT's vocabulary: freed memory given back, and held"
-    return [row("pages", f"step {what}", 64 / a[0], 64 / b[0], "clips/s", higher=True),
+    what = f"of {B} clips, 2 layers 128 wide, BERT's vocabulary: freed memory given back, and held"
+    return [row("pages", f"step {what}", B / a[0], B / b[0], "clips/s", higher=True),
             row("pages memory", f"peak memory, step {what}", a[1], b[1], "MiB")]  # fmt: skip
 
 
