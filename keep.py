@@ -1,5 +1,7 @@
 """What is kept of a run, and how it is kept whole: checkpoints, the log, the lock, signals.
 
+Also what every command does with its memory, and how it ends.
+
 trainer.pt holds all that resuming needs, log.jsonl what was printed, `lock` who writes them. Each
 file is moved into place when it is whole, so that a kill at any moment costs the steps since the
 last checkpoint and nothing else.
