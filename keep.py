@@ -1,6 +1,6 @@
 """What is kept of a run, and how it is kept whole: checkpoints, the log, the lock, signals.
 
-Also what every command does with its memory, and how it ends.
+Also what a command does with its memory, and how it ends.
 
 trainer.pt holds all that resuming needs, log.jsonl what was printed, `lock` who writes them. Each
 file is moved into place when it is whole, so that a kill at any moment costs the steps since the
@@ -300,11 +300,12 @@ def fingerprint(names: list[str]) -> str:
 
 
 def hold_pages() -> None:
-    """Let freed memory stay with the process, on a CPU under glibc; elsewhere nothing changes.
+    """Let freed memory stay with the process, under glibc; elsewhere nothing changes.
 
     By default each tensor of 32 MiB and more goes back to the system when it is freed, and the next
     one of that size is zeroed page by page again: half the time of a small model's step beside a
-    large vocabulary. The price is some memory more (`python bench.py step`).
+    large vocabulary. The price is a quarter more memory (`python bench.py step`), too much for wide
+    models, whose products take nearly all the time.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of malloc.h
@@ -314,7 +315,6 @@ def hold_pages() -> None:
 
 def run(main: Callable[[], object]) -> None:
     """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
-    hold_pages()
     try:
         sys.exit(main())
     except BrokenPipeError:  # whoever reads our output, as head does, has enough

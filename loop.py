@@ -40,6 +40,7 @@ from keep import (
     Stop,
     Stopped,
     deaf_children,
+    hold_pages,
     ignore_signals,
     last_checkpoint,
 )
@@ -487,6 +488,8 @@ def fit(
     ranks.say(f"training in {why}, {world} process{'es' * (world > 1)}, {size:,} parameters")
 
     # ---- the clock, the first checkpoint, the loader
+    if device.type == "cpu" and model.config.hidden_size < 512:
+        hold_pages()
     model.train()
     start, before, begun = reached.step, reached.seconds, time.monotonic()
     total, bad_in_a_row = Totals(device, start, begun), 0
