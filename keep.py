@@ -303,9 +303,9 @@ def hold_pages() -> None:
     """Let freed memory stay with the process, under glibc; elsewhere nothing changes.
 
     By default each tensor of 32 MiB and more goes back to the system when it is freed, and the next
-    one of that size is zeroed page by page again: half the time of a small model's step beside a
-    large vocabulary. The price is a quarter more memory (`python bench.py step`), too much for wide
-    models, whose products take nearly all the time.
+    one of that size is zeroed page by page again: two fifths of a small model's step beside a large
+    vocabulary. The price is a quarter more memory (`python bench.py step`), which wide models do
+    not earn back, for their products take nearly all the time.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of malloc.h

@@ -213,14 +213,14 @@ def test_wrong_flags_are_one_line(tmp_path, flag, words):
 
 @pytest.mark.slow
 def test_the_command_is_stopped_goes_on_and_ends_with_its_tables(small_toy, tmp_path):
-    """One row and seed, the small world: SIGTERM in the middle, then the same command again."""
+    """Two rows, one seed, the small world: SIGTERM in the middle, then the same command again."""
     out = tmp_path / "out"
     me = [sys.executable, str(Path(ablation.__file__).with_name("bench.py")), "ablation"]
-    me += ["--data", str(small_toy), "--rows", "mmm0", "--seeds", "1", "--steps", "24"]
+    me += ["--data", str(small_toy), "--rows", "mmm50,mmm0", "--seeds", "1", "--steps", "24"]
     me += ["--limit", "20", "20", "--train", "--batch 8 --save-every 4", "--tune", "--steps 3"]
     me += ["--jobs", "1", "--out", str(out)]
     first = subprocess.Popen(me, stdout=subprocess.PIPE, text=True)
-    checkpoint = out / "mmm0-0" / "pre-training" / "trainer.pt"
+    checkpoint = out / "mmm50-0" / "pre-training" / "trainer.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -229,7 +229,7 @@ def test_the_command_is_stopped_goes_on_and_ends_with_its_tables(small_toy, tmp_
     assert first.returncode == 0 and "the same command goes on" in said
     again = subprocess.run(me, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "[3/3]" in again.stdout and "| MMM 0 % |" in again.stdout
-    assert "resumed at step" in (out / "mmm0-0" / "pre-training.txt").read_text()
+    assert "[6/6]" in again.stdout and "| MMM 0 % |" in again.stdout
+    assert "resumed at step" in (out / "mmm50-0" / "pre-training.txt").read_text()
     values = json.loads((out / "ablation.json").read_text())["values"]
-    assert set(values["R@1"]) == set(values["CIDEr"]) == {"mmm0"}
+    assert set(values["R@1"]) == set(values["CIDEr"]) == {"mmm50", "mmm0"}

@@ -117,6 +117,7 @@ def test_the_commands_do_the_same_at_full_size(shared, tmp_path):
                   cwd=tmp_path)  # fmt: skip
     assert "RANDOM WEIGHTS" in said and "4 videos" in said and " left" in said
     check_lengths(root / "features", clips)
+    assert [len(np.load(root / "features" / f"{x.stem}.npy")) for x in clips] == [4, 5, 5, 5]
     write_msrvtt(root, {path.stem: captions[path.stem] for path in clips}, 2)
     tune = ["--bert", shared / "weights/bert_tiny", "--out", "run", "--batch", 2, "--steps", 9]
     python("finetune.py", "retrieval", "--data", root, *tune, cwd=tmp_path)
