@@ -23,12 +23,14 @@ import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ablation
-from data import Corpus, hide, lay_out
+from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
 from keep import hold_pages
 from loop import memory_mib, start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
-from vlm import VLM, Batch, VLMConfig, attention_mask, run
+from vlm import VLM, Batch, VLMConfig, attention_mask, load_tokenizer, run
 
 # ---------------------------------------------------------------------------------------------
 # The machine
@@ -60,16 +62,18 @@ def half() -> torch.dtype | None:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
 
 
-def ceiling(device, dtype: torch.dtype, n: int = 2048) -> float:
+def ceiling(device, dtype: torch.dtype) -> float:
     """Measure the machine's matrix multiplication: operations a second."""
+    n, times = (8192, 5) if device == "cuda" else (2048, 1)  # long enough to be timed from outside
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(6):
         wait()
         begun = time.perf_counter()
-        a @ b
+        for _ in range(times):
+            a @ b
         wait()
-        best = max(best, 2 * n**3 / (time.perf_counter() - begun))
+        best = max(best, times * 2 * n**3 / (time.perf_counter() - begun))
     return best
 
 
@@ -138,8 +142,8 @@ def trainer(which: str, dtype: torch.dtype | None, B: int, compiled=False, **siz
     """Make one optimizer step of BERT-base: `padded` or `ours`, in fp32 or autocast to dtype."""
     torch.manual_seed(0)
     model = VLM(VLMConfig(**sizes)).to(DEVICE).train()
-    for layer in model.bert.encoder["layer"] if compiled else ():
-        layer.compile(dynamic=True)
+    if compiled:
+        model.compile_parts()
     params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
     optimizer = torch.optim.Adam(params, 5e-5, betas=(0.9, 0.98), fused=True)
     batches = [paper_batch(B, model.config, seed).to(DEVICE) for seed in range(4)]
@@ -156,6 +160,12 @@ def trainer(which: str, dtype: torch.dtype | None, B: int, compiled=False, **siz
         return loss.item()
 
     return step
+
+
+def repeat(do: Callable, n: int) -> None:
+    """Do something n times."""
+    for _ in range(n):
+        do()
 
 
 @torch.no_grad()
@@ -185,37 +195,70 @@ def step(args) -> list[dict]:
     c = VLMConfig(num_hidden_layers=args.layers)
     work = statistics.mean(operations(paper_batch(B, c, seed), c) for seed in range(4))
     check_readings()
-    peaks = {}
-    for which in ("padded", "ours"):  # a process each, for peaks do not go down again
+    peaks, fast = {}, DEVICE == "cuda"  # there the padded reading has the same precision as ours
+    for which in ("padded", "ours"):
+        if fast:
+            peaks[which] = peak(which, args)
+            continue
         me = [sys.executable, __file__, "step", "--which", which, "--batch", str(B)]
-        done = subprocess.run([*me, "--layers", str(args.layers)], capture_output=True, text=True)
-        peaks[which] = float(done.stdout)
-    what = f"peak memory of the step, {B} clips, fp32, weights and Adam's state among it"
-    rows.append(row("memory", what, peaks["padded"], peaks["ours"], "MiB"))
-    plain = trainer("padded", None, B, num_hidden_layers=args.layers)
+        me += ["--layers", str(args.layers)]  # a process each, for peaks do not go down again
+        peaks[which] = float(subprocess.run(me, check=True, stdout=subprocess.PIPE).stdout)
+    what = f"peak memory of the step, {B} clips, {'bf16' if fast else 'fp32'}, weights and Adam's "
+    rows.append(row("memory", what + "state among it", peaks["padded"], peaks["ours"], "MiB"))
     for name, dtype in (("fp32", None), ("bf16", half()), ("fp16", torch.float16)):
         if name == "bf16" and dtype is None:
             print("bf16: this processor has no bf16 multiplication, left out", file=sys.stderr)
             continue
-        if name == "fp16" and DEVICE == "cpu":
-            continue  # CPUs have no fast fp16 for training
+        if name == ("fp32" if fast else "fp16"):
+            continue  # CPUs have no fast fp16 for training, and nobody trains in fp32 on a GPU
+        plain = trainer("padded", dtype if fast else None, B, num_hidden_layers=args.layers)
         ours = trainer("ours", dtype, B, args.compile, num_hidden_layers=args.layers)
-        a, b = in_turn(plain, ours, args.repeat)
-        what = f"pre-training step of {B} clips, ours in {name} against padded in fp32"
-        rows.append(row(f"step {name}", what, B / a, B / b, "clips/s", higher=True))
-        share = work / b / ceiling(DEVICE, dtype or torch.float32)
+        n = 5 if fast else 1  # steps that are timed together
+        a, b = in_turn(*(partial(repeat, f, n) for f in (plain, ours)), args.repeat)
+        what = f"pre-training step of {B} clips, ours in {name}{', compiled' * args.compile} "
+        what += f"against padded in {name if fast else 'fp32'}"
+        rows.append(row(f"step {name}", what, n * B / a, n * B / b, "clips/s", higher=True))
+        share = n * work / b / ceiling(DEVICE, dtype or torch.float32)
         what = f"share of the matrix ceiling in {name}, counting real tokens only"
         rows.append(row(f"ceiling {name}", what, 1.0, share, "of 1", higher=True))
-        del ours
-    return rows + (pages(args) if DEVICE == "cpu" else [])
+        del plain, ours
+        if fast:
+            torch.cuda.empty_cache()  # for the next, and for train.py beside us
+    return rows + (whole_loop(args, n * B / b) if fast else pages(args))
 
 
-def peak(args) -> None:
-    """Print the peak memory of three steps."""
-    once = trainer(args.which, None, args.batch, num_hidden_layers=args.layers)
-    for _ in range(3):
-        once()
-    print(memory_mib(torch.device(DEVICE)))
+def whole_loop(args, bare: float) -> list[dict]:
+    """Run train.py from files, drawing, clipping and logging among it.
+
+    bare: the rate of its step alone, clips a second.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data, bert = Path(folder, "data"), Path(folder, "bert")
+        write_corpus(data, videos=64, shards=0, E=512)
+        bert.mkdir()
+        shutil.copy(data / "tokenizer.json", bert)
+        c = VLMConfig(num_hidden_layers=args.layers, **special_ids(load_tokenizer(data)))
+        (bert / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
+        me = [sys.executable, HERE / "train.py", "--data", data, "--bert", bert, "--scratch"]
+        me += ["--batch", str(args.batch), "--steps", "60", "--log-every", "20", "--workers", "4"]
+        me += [*["--compile"] * args.compile, "--precision", "fp16", "--out", f"{folder}/run"]
+        subprocess.run(me, check=True, stdout=subprocess.DEVNULL)
+        log = Path(folder, "run", "log.jsonl").read_text().splitlines()
+    rate = statistics.mean(json.loads(line)["clips_per_s"] for line in log[1:-1])
+    what = f"train.py, {args.batch} clips, fp16, 4 loader workers, against its bare step"
+    return [row("loop", what, bare, rate, "clips/s", higher=True)]
+
+
+def peak(which: str, args) -> float:
+    """Return the peak memory of three steps, in bf16 on a GPU, in MiB."""
+    fast = DEVICE == "cuda"
+    if fast:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    compiled = args.compile and which == "ours"
+    sizes = dict(num_hidden_layers=args.layers)
+    repeat(trainer(which, half() if fast else None, args.batch, compiled, **sizes), 3)
+    return memory_mib(torch.device(DEVICE))
 
 
 def small_step(hold: bool, B: int) -> None:
@@ -640,7 +683,7 @@ def main(argv: list[str] | None = None) -> int:
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training
     if args.which:
-        peak(args)
+        print(peak(args.which, args))
         return 0
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads of "

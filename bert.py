@@ -101,6 +101,18 @@ def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
     return x.new_zeros(B * L, D).index_put((rows,), x).view(B, L, D)
 
 
+def square(real: Tensor) -> Tensor:
+    """Let real tokens (B, L) look at each other, all others at themselves alone: (B, L, L)."""
+    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    return real[:, :, None] & real[:, None, :] | itself
+
+
+def can_look_packed(x: Tensor, heads: int) -> bool:
+    """Tell whether PyTorch has a kernel for packed tokens x (.., D): CUDA's, for usual heads."""
+    cuda = x.is_cuda and torch.version.hip is None
+    return cuda and x.dtype != torch.float64 and x.shape[-1] // heads % 8 == 0
+
+
 class Layer(nn.Module):
     """One transformer layer over packed tokens."""
 
@@ -132,11 +144,10 @@ class Layer(nn.Module):
         three = (pad(linear(x), rows, B, L) for linear in self.attention["self"].values())
         return [y.view(B, L, H, D // H).transpose(1, 2) for y in three]
 
-    def forward(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None = None) -> Tensor:
-        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
+    def look(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None) -> Tensor:
+        """Attention as attend says, over the padded rectangle; arguments as those of `forward`.
 
-        past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
-        covers too, or an empty list; those of x are added to it.
+        x (N, D), rows (N,), attend (B, L, L) -> (N, D).
         """
         (B, L, _), D = attend.shape, x.shape[1]
         q, k, v = self.qkv(x, rows, B, L)  # (B, H, L, D/H)
@@ -146,7 +157,33 @@ class Layer(nn.Module):
             past[:] = k, v
         p = self.attention_dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
-        a = a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)  # (N, D)
+        return a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)
+
+    def look_at_all(self, x: Tensor, begins: Tensor, longest: int) -> Tensor:
+        """Attention of each token to all of its clip, packed as they are (GPU): (N, D) -> (N, D).
+
+        A clip's tokens begin in x at begins (B+1,) int32; none has more than `longest`.
+        """
+        # PyTorch's kernel under SDPA and nested tensors: neither rectangle nor mask, 96 x 96 a clip
+        three = self.attention["self"].values()
+        W, b = (torch.cat([getattr(y, name) for y in three]) for name in ("weight", "bias"))
+        q, k, v = F.linear(x, W, b).view(1, len(x), 3, self.heads, -1).unbind(2)  # (1, N, H, D/H)
+        p = self.attention_dropout if self.training else 0.0
+        kernel = torch.ops.aten._efficient_attention_forward
+        a = kernel(q, k, v, None, begins, begins, longest, longest, p, 0, torch.is_grad_enabled())
+        return a[0].view_as(x)
+
+    def forward(
+        self, x: Tensor, rows: Tensor, attend: Tensor | None, past: list | None = None,
+        packed: tuple[Tensor, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
+
+        past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
+        covers too, or an empty list; those of x are added to it. packed: instead of attend
+        (B, L, L), what look_at_all wants: where clips begin (B+1,), and the longest.
+        """
+        a = self.look_at_all(x, *packed) if packed else self.look(x, rows, attend, past)  # (N, D)
         out = self.attention["output"]
         x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
         y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
@@ -172,14 +209,15 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(
-        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor, attend: Tensor,
-        past: list[list] | None = None,
+        self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor,
+        attend: Tensor | None = None, past: list[list] | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode token vectors.
 
         Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
                  real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
-                 keys and values of the P tokens read before, to which those of x are added.
+                 keys and values of the P tokens read before, to which those of x are added; None:
+                 every real token looks at all real tokens of its clip.
         Returns: h (B, L, D), zeros at padding, which is never computed.
         """
         B, L, D = x.shape
@@ -188,8 +226,13 @@ class Bert(nn.Module):
         where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
         x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
         x = self.dropout(e["LayerNorm"](x))
+        packed = None
+        if attend is None and can_look_packed(x, self.encoder["layer"][0].heads):
+            packed = F.pad(real.sum(1).cumsum(0), (1, 0)).int(), L
+        elif attend is None:
+            attend = square(real)
         for i, layer in enumerate(self.encoder["layer"]):
-            x = layer(x, rows, attend, None if past is None else past[i])
+            x = layer(x, rows, attend, None if past is None else past[i], packed)
         return pad(x, rows, B, L)
 
 

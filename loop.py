@@ -95,7 +95,7 @@ class LoopConfig:
     clip: float = opt(2.0, "gradients of a larger norm are scaled down to this (paper: 2.0)")
     precision: str = opt("auto", "auto: bf16 or fp16 on a GPU, fp32 on a CPU (paper: fp16)",
                          choices=("auto", "fp32", "bf16", "fp16"))  # fmt: skip
-    compile: bool = opt(False, "compile the encoder's layers: minutes first, faster steps after")
+    compile: bool = opt(False, "compile layers and Eq. 9: a minute first, then faster on a GPU")
     seed: int = opt(0, "another seed: other weights, clips, masks and dropout")
 
     out: str | None = opt(None, "run directory (default: a new one in runs/)", "the run", "RUN")
@@ -319,8 +319,8 @@ class Objective(nn.Module):
 
 def distribute(model: VLM, loss: Callable, ranks: Ranks, compiled: bool) -> nn.Module:
     """Join model and loss, the layers compiled if asked, in DDP where there are several ranks."""
-    for layer in model.bert.encoder["layer"] if compiled else ():
-        layer.compile(dynamic=True)
+    if compiled:
+        model.compile_parts()
     objective = Objective(model, loss)
     if ranks.world == 1:
         return objective
@@ -410,6 +410,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         if half and device.type == "cpu":
             # there PyTorch's fused attention takes 2-4 times the plain one's time in backward
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        elif half:
+            # cuDNN's makes a plan for every new length, which takes some 0.3 s
+            stack.enter_context(sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
         yield
 
 
@@ -502,7 +505,8 @@ def fit(
         ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
     with deaf_children():
         steps = Steps(draw, start, cfg.steps, cfg.accumulate)
-        loader = iter(DataLoader(steps, None, num_workers=cfg.workers))
+        pin = device.type == "cuda"
+        loader = iter(DataLoader(steps, None, num_workers=cfg.workers, pin_memory=pin))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
         for group, peak in zip(optimizer.param_groups, (cfg.lr, cfg.mlp_lr), strict=True):

@@ -146,9 +146,10 @@ def plot_sequence(tokenizer: Tokenizer, corpus: Corpus, path: str | Path, longes
 def attention(model: VLM, batch: Batch, kind: str = "full") -> Tensor:
     """Return each head's attention, softmax(q k / sqrt(D/H)): (layers, B, H, L, L)."""
     seen, layers = [], model.bert.encoder["layer"]
+    attend = attention_mask(kind, batch.video_valid, batch.text_valid)
 
     def look(layer, inputs) -> None:
-        x, rows, attend = inputs[:3]
+        x, rows = inputs[:2]
         q, k, _ = layer.qkv(x, rows, *attend.shape[:2])
         score = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         seen.append(score.masked_fill(~attend[:, None], -torch.inf).softmax(3))

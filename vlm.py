@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import DataError
-from bert import Bert, Layer, VLMConfig, pad
+from bert import Bert, Layer, VLMConfig, pad, square
 from keep import run
 from weights import (
     LoadReport,
@@ -81,6 +81,10 @@ class Batch:
         """Return the same batch on another device."""
         return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in self.fields()))
 
+    def pin_memory(self) -> "Batch":
+        """Return the same batch in memory that a GPU reads while the CPU goes on."""
+        return Batch(*(x if x is None else x.pin_memory() for x in self.fields()))
+
     def fields(self) -> list[Tensor | None]:
         """List the eight tensors in the order above."""
         return [getattr(self, f.name) for f in dataclasses.fields(self)]
@@ -93,12 +97,6 @@ class Batch:
 # of this one looks at: encode_video and encode_text leave it out (footnote 2).
 ISOLATED = ("retrieval", "segmentation", "localization", "qa")
 KINDS = ("full", *ISOLATED, "captioning")
-
-
-def square(real: Tensor) -> Tensor:
-    """Let real tokens (B, L) look at each other, all others at themselves alone: (B, L, L)."""
-    itself = torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    return real[:, :, None] & real[:, None, :] | itself
 
 
 def attention_mask(kind: str, video_valid: Tensor, text_valid: Tensor) -> Tensor:
@@ -173,8 +171,8 @@ class PredictionHead(nn.Module):
 # Noise contrastive estimation (Eq. 6 and 9)
 
 # Logits held at a time, above which rows go chunk by chunk: 64 MiB on a CPU, where each chunk costs
-# another gradient of D, or what keeps a GPU busy (256 MiB).
-LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**26}
+# another gradient of D; on a GPU 1 GiB, those of the paper's batch.
+LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**28}
 
 
 def wide(x: Tensor) -> Tensor:
@@ -209,21 +207,24 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
     return torch.cat([losses, words])
 
 
-def nce_in_chunks(e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None) -> Tensor:
-    """Take -log NCE of e (M, D) as `nce` (M,), `at_once` logits or one row at a time.
+def nce_in_chunks(
+    e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None, compiled=None
+) -> Tensor:
+    """Take -log NCE of e (M, D) as `nce` (M,), or `compiled`, at_once logits or a row at a time.
 
     Each chunk's logits are thrown away after its sum and computed again in backward.
     """
     at_once = at_once or LOGITS_AT_ONCE["cpu" if e.device.type == "cpu" else "other"]
     rows = max(1, at_once // max(1, sum(map(len, pools))))
+    whole = compiled or nce
     if rows >= len(e):
-        return nce(e, pools, own, index, bias)
+        return whole(e, pools, own, index, bias)
     losses, M_v = [], 0 if own is None else len(own)
     for i in range(0, len(e), rows):
         first = None if own is None else own[i : i + rows]
         others = None if index is None else index[max(0, i - M_v) : max(0, i + rows - M_v)]
         again = dict(use_reentrant=False, preserve_rng_state=False)
-        losses.append(checkpoint(nce, e[i : i + rows], pools, first, others, bias, **again))
+        losses.append(checkpoint(whole, e[i : i + rows], pools, first, others, bias, **again))
     return torch.cat(losses)
 
 
@@ -289,6 +290,7 @@ class VLM(nn.Module):
         # Means of embed_video and embed_text over training clips (eval.set_means): centred cosine.
         self.register_buffer("video_mean", torch.zeros(config.hidden_size))
         self.register_buffer("text_mean", torch.zeros(config.hidden_size))
+        self.nce = None  # a compiled one, see compile_parts
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
@@ -306,6 +308,12 @@ class VLM(nn.Module):
                 module.p = p
             elif isinstance(module, Layer):
                 module.attention_dropout = p
+
+    def compile_parts(self) -> None:
+        """Compile what takes the time of a step, layers and Eq. 9, for any number of tokens."""
+        for layer in self.bert.encoder["layer"]:
+            layer.compile(dynamic=True)
+        self.nce = torch.compile(nce, dynamic=True)
 
     # -- inputs ------------------------------------------------------------------------------
 
@@ -378,7 +386,9 @@ class VLM(nn.Module):
         x = torch.cat([cls, x_video.to(cls), sep, x_text], 1)
         one = batch.video_valid.new_ones(B, 1)
         real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
-        attend = attention_mask(kind, batch.video_valid, batch.text_valid)
+        attend = None  # the full mask: whoever is real looks at whoever is
+        if kind != "full":
+            attend = attention_mask(kind, batch.video_valid, batch.text_valid)
         return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend)
 
     # -- encode ------------------------------------------------------------------------------
@@ -413,7 +423,7 @@ class VLM(nn.Module):
         sep = self.special(self.config.sep_token_id, B)
         position, segment = (place[1:] for place in self.places(V, 0, x.device))  # no [CLS]
         real = torch.cat([video_valid, video_valid.new_ones(B, 1)], 1)
-        return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real, square(real))
+        return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real)
 
     def encode_windows(self, video: Tensor, video_valid: Tensor, stride: int) -> Tensor:
         """Read V > max_video_len seconds for `encode_video`: (B, V, E), (B, V) -> (B, V+1, D)."""
@@ -443,7 +453,7 @@ class VLM(nn.Module):
         """
         x = self.word_tokens(text)
         position, segment = (place[2:] for place in self.places(0, text.shape[1], x.device))
-        return self.bert(x, position, segment, text_valid, square(text_valid))
+        return self.bert(x, position, segment, text_valid)
 
     def embed_video(self, video: Tensor, video_valid: Tensor) -> Tensor:
         """Average a video's real tokens and its [SEP] (sec. 4.1): (B, V, E), (B, V) -> (B, D)."""
@@ -497,7 +507,7 @@ class VLM(nn.Module):
         h = self(dataclasses.replace(batch, text=shifted), "captioning")[:, V + 2 :]  # (B, T, D)
         head, D = self.cls["predictions"], self.bert.embeddings["word_embeddings"].weight
         e, target = head(h[batch.text_valid]), batch.text[batch.text_valid]
-        text_sum = nce_in_chunks(e, [D], None, target, head.bias, at_once).sum()
+        text_sum = nce_in_chunks(e, [D], None, target, head.bias, at_once, self.nce).sum()
         count, zero = batch.text_valid.sum(), text_sum.new_zeros(())
         return LossSums(zero, count.new_zeros(()), text_sum, count, 0.0, math.log(len(D)), True)
 
@@ -597,24 +607,26 @@ class VLM(nn.Module):
         text_hidden = batch.text_hidden & batch.text_valid
         V = batch.video.shape[1]
         x_masked, own = self.video_tokens(batch.video, batch.video_valid, video_hidden)
-        h = self.join(x_masked, batch, "full")  # Eq. 3
-        head = self.cls["predictions"]
-        e_video = head(h[:, 1 : V + 1][video_hidden])  # (M_v, D)  Eq. 4, hidden tokens only
-        e_text = head(h[:, V + 2 :][text_hidden])  # (M_t, D)
         hidden = video_hidden[batch.video_valid]
         x_video = own[hidden]  # (M_v, D): targets
         x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
         V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
+        # Where the hidden tokens stand is asked before Eq. 3, which a GPU had to finish otherwise.
+        at_video, at_text = (x.nonzero(as_tuple=True) for x in (video_hidden, text_hidden))
+        h = self.join(x_masked, batch, "full")  # Eq. 3
+        head = self.cls["predictions"]
+        e_video = head(h[:, 1 : V + 1][at_video])  # (M_v, D)  Eq. 4, hidden tokens only
+        e_text = head(h[:, V + 2 :][at_text])  # (M_t, D)
         V_ = V_ if gather is None else gather(V_)
         D = self.bert.embeddings["word_embeddings"].weight
         if loss == "vlm":  # Eq. 8-9: one pool V' + D for both kinds, no biases
             e = torch.cat([e_video, e_text])
-            losses = nce_in_chunks(e, [V_, D], x_video, x_text, at_once=at_once)
+            losses = nce_in_chunks(e, [V_, D], x_video, x_text, at_once=at_once, compiled=self.nce)
             video, text = losses.split([len(e_video), len(e_text)])
             candidates = len(V_) + len(D) + 1, len(V_) + len(D)
         else:  # Eq. 5-6 for video, BERT's own cross-entropy for words
-            video = nce_in_chunks(e_video, [V_], x_video, at_once=at_once)
-            text = nce_in_chunks(e_text, [D], None, x_text, head.bias, at_once=at_once)
+            video = nce_in_chunks(e_video, [V_], x_video, at_once=at_once, compiled=self.nce)
+            text = nce_in_chunks(e_text, [D], None, x_text, head.bias, at_once, self.nce)
             candidates = len(V_) + 1, len(D)
         counts = video_hidden.sum(), text_hidden.sum()
         chances = (math.log(n) for n in candidates)
