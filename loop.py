@@ -337,6 +337,10 @@ def launch(main: Callable, Config: type, description: str, argv: list[str] | Non
     except KeyboardInterrupt:
         print("error: ended at once; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: {first_line(error)} Lower --batch, or raise --accumulate, which takes it in "
+              "parts; --resume goes on from the last checkpoint", file=sys.stderr)  # fmt: skip
+        return 2
     except RuntimeError as error:
         rank, said = os.environ.get("RANK", "0"), first_line(error)
         if not dist.is_initialized() or not re.search("gloo|nccl|clos|reset", said, re.IGNORECASE):

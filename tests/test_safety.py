@@ -466,6 +466,18 @@ def test_a_rank_that_loses_another_says_so_in_one_line(monkeypatch, capsys):
         launch(bug, TrainConfig, "", [])
 
 
+def test_a_gpu_without_room_is_said_in_one_line(capsys):
+    """With what to do about it; PyTorch's error is a RuntimeError, which launch would pass on."""
+
+    def fill(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    assert launch(fill, TrainConfig, "", []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_ranks_with_other_commands_are_refused(two):
     """Catches a node that was started with other flags: rank 0's would silently be taken."""
