@@ -20,6 +20,7 @@ must be predicted; `attend (B, L, L)`: the row may look at the column.
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,7 +198,8 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
     logits = [wide(F.linear(e, x)) for x in pools]  # (M, P) each: x_j . e_s
     if bias is not None:
         logits[-1] = logits[-1] + bias
-    total = torch.stack([x.logsumexp(1) for x in logits]).logsumexp(0)  # log of the sum over j
+    # log of the sum over j; of torch.stack(..).logsumexp(0) PyTorch 2.13 compiles a wrong gradient
+    total = functools.reduce(torch.logaddexp, [x.logsumexp(1) for x in logits])
     true = (wide(own) * wide(e[: len(own)])).sum(1)  # x_s . e_s
     losses = torch.logaddexp(true, total[: len(own)]) - true
     if index is None:

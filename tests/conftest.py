@@ -1,5 +1,6 @@
 """What several test files need: the toy world, and where real data may lie."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ import torch
 from toy import write_toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """Hide GPUs, which round otherwise, from all tests but those that are for them (-m gpu)."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

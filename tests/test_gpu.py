@@ -1,4 +1,4 @@
-"""What a GPU computes against the CPU, and training on one: skipped where there is none.
+"""What a GPU computes against the CPU, and training on one: `pytest -m gpu`.
 
 NCCL gives a GPU to one process only, so one process stands for several here: a group of one that
 goes every way that a group of eight does.
@@ -19,10 +19,12 @@ import train
 from data import Corpus, open_captions, open_corpus, open_features, special_ids
 from finetune import TuneConfig
 from loop import Ranks
+from tests.test_vlm import compare_compiled_nce
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+NONE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [pytest.mark.gpu, NONE]
 
 TRAINED = dict(width=64, layers=2, batch=16, steps=30, log_every=10)
 
@@ -103,6 +105,11 @@ def test_a_gpu_reads_long_videos_in_windows(pair):
         a = here.encode_video(video, valid)
         b = there.encode_video(video.cuda(), valid.cuda()).cpu()
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_nce_has_the_gradients_of_the_plain_one():
+    """On a GPU another compiler writes it than on a CPU."""
+    compare_compiled_nce("cuda")
 
 
 def test_half_precision_and_compiled_layers_train_as_fp32_does(small_toy, tmp_path):

@@ -694,6 +694,28 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
             value.backward()
 
 
+def compare_compiled_nce(device: str) -> None:
+    """Compare values and gradients of a compiled `nce` with the plain one's, for several sizes."""
+    g, plain = torch.Generator().manual_seed(0), vlm.nce
+    compiled = torch.compile(plain, dynamic=True)
+    for M, M_v in ((40, 12), (33, 5), (28, 0)):
+        leaves = [torch.randn(n, 64, generator=g).to(device) for n in (M, 30, 500, M_v)]
+        e, V_, D, own = (x.requires_grad_() for x in leaves)
+        index = torch.randint(0, 500, (M - M_v,), generator=g).to(device)
+        found = []
+        for f in (plain, compiled):
+            losses = f(e, [V_, D], own, index)
+            found.append([losses, *torch.autograd.grad(losses.sum(), (e, V_, D))])
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_nce_has_the_gradients_of_the_plain_one():
+    """Catches a compiler that spoils them in silence, as PyTorch 2.13 a stack of logsumexps."""
+    compare_compiled_nce("cpu")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_rows_join_the_pool_with_their_gradients(loss):
     """Catches other ranks' V' being ignored, detached, or shifting the rows of D."""
