@@ -19,6 +19,7 @@ import train
 from data import Corpus, open_captions, open_corpus, open_features, special_ids
 from finetune import TuneConfig
 from loop import Ranks
+from pictures import attention
 from tests.test_vlm import compare_compiled_nce
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
@@ -68,6 +69,13 @@ def test_a_gpu_gives_the_cpu_s_hidden_states_under_every_mask(pair, kind):
     with torch.no_grad():
         a, b = here(batch, kind), there(batch.to("cuda"), kind).cpu()
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_heads_are_drawn_as_on_a_cpu(pair):
+    """Where the layers themselves need no mask, the picture has one all the same."""
+    here, there, batch = pair
+    a, b = attention(here, batch), attention(there, batch.to("cuda"))
+    assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["vlm", "mfm-mlm"])
