@@ -57,7 +57,7 @@ HERE = Path(__file__).parent
 def half() -> torch.dtype | None:
     """Return bfloat16 where this processor multiplies it natively."""
     if torch.cuda.is_available():
-        return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else None
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else None
 
@@ -674,7 +674,7 @@ def main(argv: list[str] | None = None) -> int:
     a("--layers", type=int, default=12, metavar="N", help="layers of the BERT (default: 12)")
     a("--videos", type=int, default=100_000, metavar="N",
       help="scale: videos of its synthetic corpus (default: 100000)")  # fmt: skip
-    a("--compile", action="store_true", help="step: compile our layers")
+    a("--compile", action="store_true", help="step: compile our layers and Eq. 9")
     a("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for flag, least in (("repeat", 1), ("layers", 1), ("clips", 1), ("videos", 100)):

@@ -108,9 +108,13 @@ def square(real: Tensor) -> Tensor:
 
 
 def can_look_packed(x: Tensor, heads: int) -> bool:
-    """Tell whether PyTorch has a kernel for packed tokens x (.., D): CUDA's, for usual heads."""
-    cuda = x.is_cuda and torch.version.hip is None
-    return cuda and x.dtype != torch.float64 and x.shape[-1] // heads % 8 == 0
+    """Tell whether PyTorch has a kernel for packed tokens x (.., D), in fp32, fp16 and bf16 alike.
+
+    That is CUDA's from Ampere on (8.0), for heads a multiple of 8 wide.
+    """
+    if not x.is_cuda or torch.version.hip or x.dtype == torch.float64:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] // heads % 8 == 0
 
 
 class Layer(nn.Module):
@@ -147,7 +151,7 @@ class Layer(nn.Module):
     def look(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None) -> Tensor:
         """Attention as attend says, over the padded rectangle; arguments as those of `forward`.
 
-        x (N, D), rows (N,), attend (B, L, L) -> (N, D).
+        x (N, D), rows (N,), attend (B, L, L) or, with past, (B, L, P + L) -> (N, D).
         """
         (B, L, _), D = attend.shape, x.shape[1]
         q, k, v = self.qkv(x, rows, B, L)  # (B, H, L, D/H)
@@ -217,7 +221,7 @@ class Bert(nn.Module):
         Args:    x (B, L, D) word embeddings or video tokens; position (L,), segment (L,) int64;
                  real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
                  keys and values of the P tokens read before, to which those of x are added; None:
-                 every real token looks at all real tokens of its clip.
+                 every real token looks at all real tokens of its clip (without `past`).
         Returns: h (B, L, D), zeros at padding, which is never computed.
         """
         B, L, D = x.shape

@@ -318,7 +318,7 @@ class Objective(nn.Module):
 
 
 def distribute(model: VLM, loss: Callable, ranks: Ranks, compiled: bool) -> nn.Module:
-    """Join model and loss, the layers compiled if asked, in DDP where there are several ranks."""
+    """Join model and loss, compiled if asked, in DDP where there are several ranks."""
     if compiled:
         model.compile_parts()
     objective = Objective(model, loss)
@@ -379,7 +379,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     if name == "auto":
         if device.type != "cuda":
             return torch.float32, "fp32, on a CPU"
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.get_device_capability(device) >= (8, 0):  # below it is imitated
             return torch.bfloat16, "bf16, which this GPU has"
         return torch.float16, "fp16, for this GPU has no bf16"
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -172,7 +172,7 @@ class PredictionHead(nn.Module):
 # Noise contrastive estimation (Eq. 6 and 9)
 
 # Logits held at a time, above which rows go chunk by chunk: 64 MiB on a CPU, where each chunk costs
-# another gradient of D; on a GPU 1 GiB, those of the paper's batch.
+# another gradient of D; on a GPU 1 GiB, which holds those of the paper's batch twice over.
 LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**28}
 
 
@@ -212,7 +212,7 @@ def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tens
 def nce_in_chunks(
     e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None, compiled=None
 ) -> Tensor:
-    """Take -log NCE of e (M, D) as `nce` (M,), or `compiled`, at_once logits or a row at a time.
+    """Take `nce`, or `compiled`, of e (M, D), at most at_once logits or one row at a time: (M,).
 
     Each chunk's logits are thrown away after its sum and computed again in backward.
     """
@@ -613,7 +613,7 @@ class VLM(nn.Module):
         x_video = own[hidden]  # (M_v, D): targets
         x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
         V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
-        # Where the hidden tokens stand is asked before Eq. 3, which a GPU had to finish otherwise.
+        # Before Eq. 3, for nonzero makes the CPU wait for all that a GPU was given.
         at_video, at_text = (x.nonzero(as_tuple=True) for x in (video_hidden, text_hidden))
         h = self.join(x_masked, batch, "full")  # Eq. 3
         head = self.cls["predictions"]

@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config):
-    """Hide GPUs, which round otherwise, from all tests but those that are for them (-m gpu)."""
+    """Hide GPUs, which round differently, from all tests but those that are for them."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

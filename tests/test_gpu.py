@@ -24,7 +24,9 @@ from tests.test_vlm import compare_compiled_nce
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
 
-NONE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+NONE = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU, or not run by -m gpu alone"
+)
 pytestmark = [pytest.mark.gpu, NONE]
 
 TRAINED = dict(width=64, layers=2, batch=16, steps=30, log_every=10)

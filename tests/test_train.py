@@ -329,6 +329,13 @@ def test_every_ablation_of_table_8_runs(small_toy, tmp_path, more):
     assert (losses[0] == losses[1]) == ("workers" in more)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_trains_in_the_half_precision_that_it_has(monkeypatch, capability, dtype):
+    """PyTorch calls bf16 supported where it is only imitated, and has no attention kernel there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert loop.choose_precision("auto", torch.device("cuda"))[0] == dtype
+
+
 @pytest.mark.slow
 def test_compiled_layers_train_like_plain_ones(small_toy, tmp_path):
     """`--compile` changes speed only: losses agree to rounding."""

@@ -698,13 +698,15 @@ def compare_compiled_nce(device: str) -> None:
     """Compare values and gradients of a compiled `nce` with the plain one's, for several sizes."""
     g, plain = torch.Generator().manual_seed(0), vlm.nce
     compiled = torch.compile(plain, dynamic=True)
-    for M, M_v in ((40, 12), (33, 5), (28, 0)):
-        leaves = [torch.randn(n, 64, generator=g).to(device) for n in (M, 30, 500, M_v)]
+    # several sizes; words alone; no V'; chunk by chunk
+    for M, M_v, P, at_once in ((40, 12, 30, 10**6), (28, 0, 30, 10**6), (33, 5, 0, 10**6),
+                               (40, 12, 30, 7000)):  # fmt: skip
+        leaves = [torch.randn(n, 64, generator=g).to(device) for n in (M, P, 500, M_v)]
         e, V_, D, own = (x.requires_grad_() for x in leaves)
         index = torch.randint(0, 500, (M - M_v,), generator=g).to(device)
         found = []
         for f in (plain, compiled):
-            losses = f(e, [V_, D], own, index)
+            losses = vlm.nce_in_chunks(e, [V_, D], own, index, None, at_once, f)
             found.append([losses, *torch.autograd.grad(losses.sum(), (e, V_, D))])
         for a, b in zip(*found, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
