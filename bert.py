@@ -148,6 +148,10 @@ class Layer(nn.Module):
         three = (pad(linear(x), rows, B, L) for linear in self.attention["self"].values())
         return [y.view(B, L, H, D // H).transpose(1, 2) for y in three]
 
+    def dropped(self) -> float:
+        """Return the share of attention weights to be dropped now, 0..1."""
+        return self.attention_dropout if self.training else 0.0
+
     def look(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None) -> Tensor:
         """Attention as attend says, over the padded rectangle; arguments as those of `forward`.
 
@@ -159,7 +163,7 @@ class Layer(nn.Module):
             if past:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
             past[:] = k, v
-        p = self.attention_dropout if self.training else 0.0
+        p = self.dropped()
         a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)  # (B, H, L, D/H)
         return a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)
 
@@ -172,7 +176,7 @@ class Layer(nn.Module):
         three = self.attention["self"].values()
         W, b = (torch.cat([getattr(y, name) for y in three]) for name in ("weight", "bias"))
         q, k, v = F.linear(x, W, b).view(1, len(x), 3, self.heads, -1).unbind(2)  # (1, N, H, D/H)
-        p = self.attention_dropout if self.training else 0.0
+        p = self.dropped()
         kernel = torch.ops.aten._efficient_attention_forward
         a = kernel(q, k, v, None, begins, begins, longest, longest, p, 0, torch.is_grad_enabled())
         return a[0].view_as(x)

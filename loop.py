@@ -415,7 +415,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             # there PyTorch's fused attention takes 2-4 times the plain one's time in backward
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         elif half:
-            # cuDNN's makes a plan for every new length, which takes some 0.3 s
+            # cuDNN's makes a plan for every new length, and most batches have one
             stack.enter_context(sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
         yield
 

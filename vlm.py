@@ -388,9 +388,8 @@ class VLM(nn.Module):
         x = torch.cat([cls, x_video.to(cls), sep, x_text], 1)
         one = batch.video_valid.new_ones(B, 1)
         real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
-        attend = None  # the full mask: whoever is real looks at whoever is
-        if kind != "full":
-            attend = attention_mask(kind, batch.video_valid, batch.text_valid)
+        valid = batch.video_valid, batch.text_valid
+        attend = None if kind == "full" else attention_mask(kind, *valid)  # None: all real ones
         return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend)
 
     # -- encode ------------------------------------------------------------------------------

@@ -5,9 +5,7 @@ goes every way that a group of eight does.
 """
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,10 @@ import loop
 import train
 from data import Corpus, open_captions, open_corpus, open_features, special_ids
 from finetune import TuneConfig
+from keep import read_log
 from loop import Ranks
 from pictures import attention
+from tests.test_safety import losses
 from tests.test_vlm import compare_compiled_nce
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
@@ -30,17 +30,6 @@ NONE = pytest.mark.skipif(
 pytestmark = [pytest.mark.gpu, NONE]
 
 TRAINED = dict(width=64, layers=2, batch=16, steps=30, log_every=10)
-
-
-def rows(run: Path) -> list[dict]:
-    """Read a run's log without its summary."""
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [row for row in log if not row.get("final")]
-
-
-def losses(run: Path) -> list[float]:
-    """Read a run's losses."""
-    return [row["loss"] for row in rows(run)]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +124,7 @@ def test_half_precision_and_compiled_layers_train_as_fp32_does(small_toy, tmp_pa
         out = tmp_path / name
         train.main(TrainConfig(data=str(small_toy), out=str(out), **TRAINED, **settings))
         found[name] = losses(out)
-        assert rows(out)[-1]["skipped"] == 0
+        assert read_log(out / "log.jsonl")[-1]["skipped"] == 0
     assert found["bf16"] == pytest.approx(found["fp32"], rel=1e-2)
     assert found["fp16"] == pytest.approx(found["fp32"], rel=3e-3)
     assert found["compiled"] == pytest.approx(found["fp32"], rel=1e-3)
