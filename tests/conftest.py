@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import meteor
 from toy import write_toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -45,3 +46,13 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no real data: {SHARED.name}/data is not beside the repository")
     return SHARED / "data"
+
+
+@pytest.fixture
+def own_word_lists(request, monkeypatch):
+    """Hide an installed pycocoevalcap: results do not depend on it, nor is its table indexed."""
+    meteor.word_lists.cache_clear()
+    if not request.node.get_closest_marker("coco"):
+        monkeypatch.setattr(meteor, "find_spec", lambda name: None)
+    yield
+    meteor.word_lists.cache_clear()

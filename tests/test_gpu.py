@@ -19,8 +19,8 @@ from finetune import TuneConfig
 from keep import read_log
 from loop import Ranks
 from pictures import attention
+from tests.test_loss import compare_compiled_nce
 from tests.test_safety import losses
-from tests.test_vlm import compare_compiled_nce
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
 

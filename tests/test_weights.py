@@ -1,7 +1,8 @@
-"""The authors' checkpoint in, through doors that run nothing; sizes from its tensors."""
+"""Weights in and out: the authors' checkpoint, any BERT, runs; nothing in a file is run."""
 
 import argparse
 import collections
+import json
 import os
 import pickle
 import shutil
@@ -11,8 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vlm
+from tests.small import (
+    PIECES,
+    SEP,
+    UNK,
+    W,
+    random_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 from vlm import VLM, Batch, VLMConfig, load_mmpt, load_run, read_tensors
 from weights import mmpt_config, read_mmpt
 
@@ -220,7 +231,7 @@ class Evil:
             return os.system, (f"touch {self.mark}",)
         if self.how == "exec":
             return exec, (f"open({str(self.mark)!r}, 'w')",)
-        return getattr, (Path(self.mark), "touch")
+        return open, (str(self.mark), "w")
 
 
 @pytest.mark.parametrize("how", ["system", "exec"])
@@ -268,3 +279,206 @@ def test_a_torchscript_program_is_refused(tmp_path):
         read_mmpt(tmp_path / "x.pt")
     with pytest.raises(ValueError):
         read_tensors(tmp_path / "x.pt")
+
+
+# ---- original BERTs
+
+
+def bert_file(path: Path, prefix="bert.", old_names=False, head=True, decoder=None) -> dict:
+    """Write a BERT as one of the programs that write BERTs would; return it under our names."""
+    source = tiny_model(seed=1, dtype=torch.float32).state_dict()
+    ours = {
+        k: v for k, v in source.items() if k.startswith("bert.") or head and k.startswith("cls.")
+    }
+    file = {k.replace("bert.", prefix, 1): v for k, v in ours.items()}
+    if old_names:
+        rename = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, old in rename.items():
+            file = {k.replace(new, old): v for k, v in file.items()}
+    words = ours["bert.embeddings.word_embeddings.weight"]
+    if decoder == "tied":
+        file["cls.predictions.decoder.weight"] = words.clone()
+    if decoder == "untied":
+        file["cls.predictions.decoder.weight"] = words + 1
+    if decoder == "bias only":  # newer transformers: the bias under the decoder's name alone
+        file["cls.predictions.decoder.bias"] = file.pop("cls.predictions.bias")
+    file[f"{prefix}pooler.dense.weight"] = torch.ones(12, 12)
+    file[f"{prefix}embeddings.position_ids"] = torch.arange(23)[None]
+    write = save_file if path.suffix == ".safetensors" else torch.save
+    write(file, path)
+    return ours
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "weights.pt"])
+@pytest.mark.parametrize("prefix", ["bert.", ""])
+@pytest.mark.parametrize("old_names", [False, True])
+@pytest.mark.parametrize("decoder", ["no head", None, "tied", "untied", "bias only"])
+def test_a_bert_loads_whoever_wrote_its_file(tmp_path, capsys, name, prefix, old_names, decoder):
+    """Catches a spelling of names that leaves a tensor at its random start without a word."""
+    head = decoder != "no head"
+    ours = bert_file(tmp_path / name, prefix, old_names, head, decoder)
+    model = tiny_model(seed=2, dtype=torch.float32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = vlm.load_bert(model, tmp_path if "model" in name else tmp_path / name)
+    after = model.state_dict()
+    for key in after:
+        assert torch.equal(after[key], ours.get(key, before[key])), key
+    assert set(report.new) == set(dict(model.named_parameters())) - set(ours)
+    unused = {f"{prefix}pooler.dense.weight", f"{prefix}embeddings.position_ids"}
+    if decoder == "untied":
+        unused |= {"cls.predictions.decoder.weight"}
+    assert set(report.unused) == unused
+    assert len(report.loaded) == len(ours) + (decoder == "tied")
+    assert report.found == len(report.loaded) + len(unused)
+    printed = capsys.readouterr().out
+    assert f"{len(report.loaded)} of {report.found} tensors loaded" in printed
+    assert "newly initialised: " in printed and "videomlp.linear1.weight" in printed
+    assert str(report) in printed and "position_ids" in printed.split("in the file, unused: ")[1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_wrong_or_missing_bert_tensors_are_errors_that_name_them_and_load_nothing(tmp_path, name):
+    """Catches a half-loaded encoder, and the wrong config.json beside the weights."""
+    ours = bert_file(tmp_path / name)
+    model = tiny_model(seed=2, dtype=torch.float32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    write = save_file if name.endswith("safetensors") else torch.save
+    layer = "bert.encoder.layer.1.output.dense.weight"
+    for broken, message in (
+        (ours | {layer: ours[layer].T.contiguous()}, rf"{layer} is \(20, 12\).* \(12, 20\)"),
+        ({k: v for k, v in ours.items() if k != layer}, f"1 encoder tensors are missing.*{layer}"),
+        (ours | {"cls.predictions.bias": torch.ones(W + 1)}, r"cls.predictions.bias is \(42,\)"),
+        ({"unrelated": torch.ones(3)}, "encoder tensors are missing, first bert.embeddings"),
+        (ours | {layer: ours[layer] * torch.nan}, f"{layer} holds NaN or infinity"),
+        (ours | {layer[5:]: ours[layer].clone()}, f"{layer} are the same tensor twice"),
+    ):
+        write(broken, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            vlm.load_bert(model, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "text", "noise", "cut short", "missing", "a list", "numbered"]
+)
+def test_a_damaged_weights_file_is_one_error_that_names_the_file(tmp_path, name, damage):
+    """Catches tracebacks from inside a reader, which differ by format and version."""
+    path = tmp_path / name
+    bert_file(path)
+    whole = path.read_bytes()
+    contents = {
+        "empty": b"",
+        "text": b"<html>404</html>\n" * 9,
+        "cut short": whole[: len(whole) // 2],
+    }
+    noise = torch.randint(0, 256, (999,), generator=torch.Generator().manual_seed(0))
+    contents["noise"] = bytes(noise.tolist())
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("a list", "numbered"):  # as .safetensors, a torch file is noise too
+        torch.save([torch.ones(2)] if damage == "a list" else {7: torch.ones(2)}, path)
+    else:
+        path.write_bytes(contents[damage])
+    with pytest.raises(ValueError, match=str(path)):
+        vlm.load_bert(tiny_model(), path)
+    if damage == "missing":
+        with pytest.raises(
+            ValueError, match="holds neither model.safetensors nor pytorch_model.bin"
+        ):
+            vlm.load_bert(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("container", ["torch.save", "pickle"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint_best.pt"])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, container, name):
+    """Catches weights_only=False: opening somebody's weights must never run somebody's code."""
+    victim, path = tmp_path / "victim", tmp_path / name
+    contents = {"bert.embeddings.word_embeddings.weight": Evil(victim, "open")}
+    if container == "torch.save":
+        torch.save(contents, path)
+    else:
+        path.write_bytes(pickle.dumps(contents, protocol=2))
+    with pytest.raises(ValueError, match="not a plain file of tensors"):
+        vlm.load_bert(tiny_model(), path)
+    assert not victim.exists()
+
+
+# ---- run directories
+
+
+@torch.no_grad()
+def test_a_saved_run_opens_as_the_same_model_and_tokenizer(tmp_path):
+    """Catches a tensor, a size or the stage lost between save_run and load_run; exact."""
+    changes = dict(num_labels=4, stage="fine-tuned", task="segmentation", data="COIN", video_dim=10)
+    model = tiny_model(dtype=torch.float32, **changes)
+    model.video_mean += 1.0
+    tokenizer, batch = tiny_tokenizer(), random_batch()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    for _ in range(2):  # a second save replaces the first
+        vlm.save_run(tmp_path / "runs" / "a", model, tokenizer)
+    names = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json"}
+    again, words = vlm.load_run(tmp_path / "runs" / "a")
+    assert again.config == model.config and not again.training
+    for ours, theirs in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
+    assert torch.equal(again(batch, "captioning"), model(batch, "captioning"))
+    video = (batch.video, batch.video_valid)
+    assert torch.equal(again.segment(*video), model.segment(*video))
+    assert words.encode("Stir the soups").ids == [5, 6, 7, 8]  # neither cut nor padded
+    assert SEP not in words.encode("the [SEP] soup").ids  # somebody's caption, not our [SEP]
+
+
+def test_a_vocabulary_alone_gives_the_same_pieces_as_its_tokenizer_json(tmp_path):
+    """Catches a vocab.txt read with case, without its specials, or with [SEP] as a special."""
+    (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
+    tiny_tokenizer().save(str(tmp_path / "words.json"))
+    text = "Stir the soups, the [SEP] pan"
+    ids = [
+        vlm.load_tokenizer(tmp_path / name).encode(text, add_special_tokens=False).ids
+        for name in ("", "vocab.txt", "words.json")
+    ]
+    assert ids == [[5, 6, 7, 8, UNK, 6, UNK, UNK, UNK, 9]] * 3
+    for bad in ("", "stir\nsoup\n"):
+        (tmp_path / "vocab.txt").write_text(bad)
+        with pytest.raises(ValueError, match="vocab.txt: not a BERT tokenizer"):
+            vlm.load_tokenizer(tmp_path)
+
+
+def test_a_run_with_other_tensors_than_its_config_is_an_error_that_names_one(tmp_path):
+    """Catches strict=False: a classifier or an encoder silently left at its random start."""
+    vlm.save_run(tmp_path, tiny_model(dtype=torch.float32, num_labels=4), tiny_tokenizer())
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    good, sizes = load_file(weights), json.loads(config.read_text())
+    for tensors, changes, message in (
+        ({k: v for k, v in good.items() if k != "video_mean"}, {}, "1 tensors .* first video_mean"),
+        (good | {"extra": torch.ones(1)}, {}, "1 tensors .* first extra"),
+        (good, {"num_labels": 0}, "2 tensors .* first classifier.bias"),
+        (good, {"num_labels": 7}, "2 tensors .* first classifier.weight"),
+        (good, {"num_hidden_layers": 1}, "16 tensors .* first bert.encoder.layer.1"),
+    ):
+        save_file(tensors, weights)
+        config.write_text(json.dumps(sizes | changes))
+        with pytest.raises(ValueError, match=message):
+            vlm.load_run(tmp_path)
+
+
+def test_a_run_with_a_missing_or_damaged_file_is_an_error_that_names_it(tmp_path):
+    """Catches tracebacks from a JSON, Rust or torch reader on a folder that is no run."""
+    with pytest.raises(ValueError, match="no run here .config.json is missing"):
+        vlm.load_run(tmp_path)
+    vlm.save_run(tmp_path, tiny_model(dtype=torch.float32), tiny_tokenizer())
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        file = tmp_path / name
+        good = file.read_bytes()
+        for bad in (b"", good[: len(good) // 2], b"\xff\xfe garbage"):
+            file.write_bytes(bad)
+            with pytest.raises(ValueError, match=str(file)):
+                vlm.load_run(tmp_path)
+        file.unlink()
+        with pytest.raises(ValueError, match=name):
+            vlm.load_run(tmp_path)
+        file.write_bytes(good)
+    vlm.load_run(tmp_path)
