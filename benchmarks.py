@@ -266,12 +266,13 @@ def training_list(folder: Path) -> Path:
 def segments(path: Path, video: str, entry: dict, key: str, text: str, bad: Callable) -> list[Clip]:
     """Read one video's annotated segments in the form that YouCook2 and COIN share."""
     rows, clips = entry.get(key), []
+    numbered = text == "sentence"  # YouCook2's ids tell segments apart; COIN's are labels
     if not isinstance(rows, list):
         bad(f"{path}: {video}: {key} is {shown(rows)}, wanted a list")
         return []
     for i, row in enumerate(rows):
         where, row = f"{path}: {video}, segment {i}", row if isinstance(row, dict) else {}
-        span, name = row.get("segment"), row.get("id", "")
+        span, name = row.get("segment"), row.get("id", i if numbered else "")
         if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
             bad(f"{where}: segment is {shown(span)}, wanted [start, end] in seconds")
         elif not is_span(*span) or span[0] == span[1]:
@@ -280,6 +281,8 @@ def segments(path: Path, video: str, entry: dict, key: str, text: str, bad: Call
             bad(f"{where}: {text} is {shown(row.get(text))}, wanted words")
         elif name != "" and not is_words(name) and not is_number(name):
             bad(f"{where}: id is {shown(name)}, wanted a number or a name")
+        elif numbered and str(name) in {clip.key for clip in clips}:
+            bad(f"{where}: id {shown(name)} is given twice, wanted another for each segment")
         else:
             clips.append(Clip(video, row[text], *map(float, span), key=str(name)))
     return clips

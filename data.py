@@ -502,6 +502,9 @@ def open_corpus(
             said.append(
                 f"{split}: {len(names)} of {len(listed)} videos have {why}, first {names[0]}"
             )
+    if split == "val" and isinstance(bad, Bad):  # what is measured by is read before, not after
+        sound = features.sound(ids, bad)
+        ids = [video for video in ids if video in sound]
     if not ids:
         raise DataError(f"{path}: none of its {len(listed)} videos has features and captions")
     return Corpus(features, captions, ids, c, **settings), said
@@ -556,6 +559,9 @@ def open_data(
         test = [clip for clip in listed if clip.video in features]
         if len(test) < len(listed):
             said.append(f"test: {len(listed) - len(test)} of {len(listed)} clips have no features")
+        if skip_bad:
+            sound = features.sound((clip.video for clip in test), bad)
+            test = [clip for clip in test if clip.video in sound]
     if not test and val is not None:
         name, test = "clips, one of each video of val.lst (no test list)", val_clips(val, tokenizer)
     if val is None:

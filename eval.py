@@ -314,9 +314,11 @@ def answer_captioning(model, tokenizer, features, items, options: Options) -> An
 
 def score_captions(items: list[Item], texts: list[str], tokenizer, options: Options) -> dict:
     """Score one caption for each item (Table 7): BLEU-3, BLEU-4, METEOR, ROUGE-L, CIDEr."""
+    names = [name(item.clip) for item in items]
+    assert len(set(names)) == len(names), "two clips of one name would be scored as one"
     found = caption_scores(
-        {name(item.clip): list(item.texts) for item in items},
-        {name(item.clip): text for item, text in zip(items, texts, strict=True)},
+        {x: list(item.texts) for x, item in zip(names, items, strict=True)},
+        dict(zip(names, texts, strict=True)),
         options.tokenizer,
         word_pieces=tokenizer,
         meteor_data=options.meteor_data,

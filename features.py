@@ -9,12 +9,13 @@
 
 import functools
 import io
+import itertools
 import math
 import mmap
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,13 @@ class FeatureStore:
         return self.shards[i]
 
     def _peek(self) -> int:
-        video = next(iter(self.place))
-        return self.open(video).shape[1]
+        errors = []
+        for video in itertools.islice(self.place, 100):  # a damaged file is named when it is read
+            try:
+                return self.open(video).shape[1]
+            except DataError as error:
+                errors.append(error)
+        raise errors[0]
 
     def __contains__(self, video: str) -> bool:
         return video in self.place
@@ -118,6 +124,17 @@ class FeatureStore:
         if dtype not in ("float16", "float32"):
             raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
         return x if isinstance(x, np.ndarray) else _Slice(x, shape)
+
+    def sound(self, videos: Iterable[str], bad: Callable) -> set[str]:
+        """Read videos whole; return those without fault, `bad` gets the others' DataError."""
+        found = set()
+        for video in dict.fromkeys(videos):
+            try:
+                self.rows(video, np.arange(len(self.open(video))))
+                found.add(video)
+            except DataError as error:
+                bad(str(error))
+        return found
 
     def rows(self, video: str, index: np.ndarray, x=None) -> np.ndarray:
         """Read seconds `index` (n,) of one video, `x` if it is open: (n, E) float32, all finite,

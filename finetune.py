@@ -107,6 +107,15 @@ LEAST = 300  # steps: a small corpus gets more epochs
 # Batches
 
 
+def epoch_steps(items: int, batch: int, parts: int) -> int:
+    """Count an epoch's steps: batches of at most `batch` items, but with one for each part.
+
+    >>> epoch_steps(9, 8, 1), epoch_steps(9, 8, 8)  # of 5 and 4 items; all 9 at once
+    (2, 1)
+    """
+    return max(1, min(math.ceil(items / batch), items // parts))
+
+
 def draw_items(
     train: list[list[Item]], step: int, batch: int, parts: int, seed: int, join: int = 1
 ) -> list:
@@ -116,11 +125,12 @@ def draw_items(
     batches as even as can be: every group once, none twice in a batch. With `join` above 1 an
     item's text is so many of its group's: `tasks.joined`.
     """
-    epoch, i = divmod(step, math.ceil(len(train) / batch))
+    steps = epoch_steps(len(train), batch, parts)
+    epoch, i = divmod(step, steps)
     g = generator(seed, epoch)
     order = torch.randperm(len(train), generator=g).numpy()
     u = torch.rand(len(train), generator=g).tolist()
-    mine = np.array_split(order, math.ceil(len(train) / batch))[i]
+    mine = np.array_split(order, steps)[i]
     return [[joined(train[k], int(u[k] * len(train[k])), join) for k in part]
             for part in np.array_split(mine, parts)]  # fmt: skip
 
@@ -342,7 +352,8 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
         ranks.say(f"from the weights of {cfg.init}")
     task = ranks.every(lambda: open_items(cfg, ranks))
     model, tokenizer = ranks.every(lambda: start_model(cfg, task, ranks.say))
-    epoch = math.ceil(len(task.train) / cfg.batch)  # steps
+    parts = ranks.world * cfg.accumulate
+    epoch = epoch_steps(len(task.train), cfg.batch, parts)
     cfg.log_every = cfg.log_every or epoch
     if cfg.steps is None and "epochs" not in given and not is_toy(cfg.data):
         cfg.epochs = max(cfg.epochs, math.ceil(LEAST / epoch))
@@ -358,7 +369,6 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
         return LOSS[cfg.task](model, batch, ranks.gather)
 
     def draw(step: int, micro: int) -> Batch:
-        parts = ranks.world * cfg.accumulate
         items = draw_items(task.train, step, cfg.batch, parts, cfg.seed, cfg.join_captions)
         return collate(task, items[ranks.rank * cfg.accumulate + micro], tokenizer, model.config)
 

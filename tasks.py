@@ -18,7 +18,7 @@ What an item needs and does not have is left out, counted and said. Letters as i
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Task:
     train: groups of items; an epoch draws one of each group, as MSR-VTT's sentences of a video.
     val: held out of the training videos, to choose the best epoch by. test: what is reported.
     labels: segmentation's label ids in class order, 0 the background; names: in words.
-    said: what was read and what was left out, a line each.
+    said: what was read and what was left out, a line each. bad: who hears of a bad row.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Task:
     labels: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    bad: Callable = stop
 
 
 def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
@@ -117,7 +118,7 @@ def open_task(
     """
     data = Path(data)
     dataset, bad = choose_dataset(name, data, dataset), Bad() if skip_bad else stop
-    task = Task(name, dataset, features)
+    task = Task(name, dataset, features, bad=bad)
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out is {held_out}, wanted 0 up to, not with, 1")
     rng = np.random.default_rng(seed)
@@ -129,6 +130,10 @@ def open_task(
     else:
         read = read_msrvtt if dataset == "msrvtt" else read_youcook2
         _pairs(task, read(folder, bad), held_out, rng, join)
+    if skip_bad:  # what is measured by is read now: a fault must not end a run that has trained
+        sound = features.sound((item.clip.video for item in task.val + task.test), bad)
+        for items in (task.val, task.test):
+            items[:] = [item for item in items if item.clip.video in sound]
     if isinstance(bad, Bad) and bad.messages:
         task.said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     if not task.test:
@@ -143,11 +148,16 @@ def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:
     """Keep clips whose video has features and that begin inside it; count and say the others."""
     clips = list(clips)
     seen = [c for c in clips if c.video in task.features]
-    seconds = {v: len(task.features.open(v)) for v in dict.fromkeys(c.video for c in seen)}
+    seconds = {}
+    for video in dict.fromkeys(c.video for c in seen):
+        try:
+            seconds[video] = len(task.features.open(video))
+        except DataError as error:
+            task.bad(str(error))
+    seen = [c for c in seen if c.video in seconds]
     kept = [c for c in seen if c.start < seconds[c.video]]
-    if len(seen) < len(clips):
-        first = next(c.video for c in clips if c.video not in task.features)
-        n = len(clips) - len(seen)
+    if unseen := [c.video for c in clips if c.video not in task.features]:
+        first, n = unseen[0], len(unseen)
         task.said.append(f"{what}: {n} of {len(clips)} have no features, first {first}")
     if len(kept) < len(seen):
         first = next(c for c in seen if c.start >= seconds[c.video])
@@ -212,8 +222,15 @@ def _pairs(task: Task, found: dict, held_out: float, rng: np.random.Generator, j
         ]
         return
     test = usable(task, "test clips", found["validation" if youcook else "test"])
-    references = {} if youcook else found["references"]
-    task.test = [Item(c, tuple(references.get(c.video, [c.text]))) for c in test]
+    if task.name == "captioning" and not youcook:  # one caption a video, however often it is listed
+        listed: dict[str, list[Clip]] = {}
+        for clip in test:
+            listed.setdefault(clip.video, []).append(clip)
+        own = {video: [c.text for c in clips] for video, clips in listed.items()}
+        references = own | {v: x for v, x in found["references"].items() if v in own}
+        task.test = [Item(listed[v][0], tuple(texts)) for v, texts in references.items()]
+        return
+    task.test = [Item(c, (c.text,)) for c in test]
 
 
 def _question(items: list[Item], i: int, rng: np.random.Generator) -> Item:

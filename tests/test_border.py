@@ -164,6 +164,16 @@ def test_an_id_listed_twice_is_said(world, file, line):
     refused(world, file, "listed twice|also in train_list")
 
 
+def test_a_segments_id_given_twice_is_said(world):
+    """Captions go by it: of two the scores held one. Without ids segments are numbered."""
+    path = world / "youcook2" / "youcookii_annotations_trainval.json"
+    whole = read_youcook2(world / "youcook2")
+    path.write_text(re.sub('"id": [0-9]+, ', "", path.read_text()))
+    assert read_youcook2(world / "youcook2") == whole
+    put(path, '{"segment"', '{"id": 1, "segment"')
+    refused(world, "youcook2", "segment 1: id 1 is given twice")
+
+
 def test_a_key_given_twice_is_said(world):
     """json keeps the last of two entries: the captions of the first were lost without a word."""
     put(world / "raw_caption.json", '"how_train_0001"', '"how_train_0000"')

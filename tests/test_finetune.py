@@ -152,6 +152,18 @@ def test_an_epoch_draws_every_group_once_whoever_computes(n, batch, parts):
     assert {i for _, i in other} <= {0, 1, 2}
 
 
+def test_no_rank_or_micro_batch_is_left_without_an_item():
+    """Catches a batch as large as its parts are many, and items that it does not divide."""
+    for parts in (1, 2, 3, 8):
+        for batch in (parts, 2 * parts, 5 * parts):
+            for n in range(parts, 50):
+                groups, steps = [[i] for i in range(n)], finetune.epoch_steps(n, batch, parts)
+                drawn = [draw_items(groups, s, batch, parts, seed=0) for s in range(steps)]
+                assert all(len(step) == parts and all(step) for step in drawn)
+                assert sorted(x for step in drawn for part in step for x in part) == [*range(n)]
+                assert parts == batch or all(len(sum(step, [])) <= batch for step in drawn)
+
+
 def test_joined_captions_are_a_clips_own_in_the_files_order(small_toy):
     """No other clip's sentence, none twice, never more than there are; held-out texts alike."""
     features = open_features(small_toy)

@@ -26,6 +26,7 @@ import finetune
 import keep
 import loop
 import train
+from benchmarks import DataError, read_msrvtt
 from keep import Stop, Stopped, read_checkpoint, read_log
 from loop import Ranks, launch
 from tests import kill
@@ -370,6 +371,7 @@ WRAPPED = """
 import os, sys
 sys.path.insert(0, {repo!r})
 import train
+from benchmarks import DataError, read_msrvtt
 from train import Corpus, run, cli
 from benchmarks import DataError
 if os.environ["RANK"] == "1":
@@ -543,6 +545,25 @@ def test_features_that_are_not_numbers_stop_a_run_or_are_skipped_and_counted(
     assert summary["skipped"] == len(skips) > 0
     state = read_checkpoint(tmp_path / "run" / "trainer.pt")
     assert all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_skip_bad_finds_faults_of_held_out_and_test_videos_before_training(
+    small_toy, tmp_path, capsys
+):
+    """Catches a run that trains to its end and dies, its summary lost, in the evaluation."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    clips = read_msrvtt(world / "msrvtt")["test"]
+    for video in ("how_val_0000", clips[0].video):
+        np.save(world / "features" / f"{video}.npy", np.full((90, 64), np.nan, np.float32))
+    summary = main(config(world, tmp_path / "run", skip_bad=True))
+    said = capsys.readouterr().out
+    assert "2 bad rows left out, first: " in said and "how_val_0000: features hold NaN" in said
+    assert summary["val"] and f"{len(clips) - 1} MSR-VTT test clips" in said
+    with pytest.raises(DataError, match="how_val_0000"):  # by default it stops, and goes on with it
+        main(config(world, tmp_path / "late"))
+    assert "final" not in read_log(tmp_path / "late" / "log.jsonl")[-1]
+    again = dict(resume=True, skip_bad=True, data=str(world), out=str(tmp_path / "late"))
+    assert main(TrainConfig(**again), set(again))["final"]
 
 
 def test_an_overflow_in_fp16_is_skipped_and_the_scaler_recovers(small_toy, tmp_path, monkeypatch):

@@ -52,6 +52,21 @@ def test_held_out_videos_are_never_trained_on(small_toy):
     assert hold_out([1], 0.5, np.random.default_rng(0)) == ([1], [])
 
 
+def test_a_video_tested_with_two_sentences_is_captioned_once(world):
+    """Catches two captions of one name, of which the scores would hold one."""
+    path = world / "msrvtt" / "MSRVTT_JSFUSION_test.csv"
+    header, row = path.read_text().split("\n")[:2]
+    video = dict(zip(header.split(","), row.split(","), strict=True))["video_id"]
+    path.write_text(path.read_text() + ",".join(["again", row.split(",", 1)[1]]) + "\n")
+    features = open_features(world)
+    once = open_task("captioning", world, features, "msrvtt").test
+    assert len(open_task("retrieval", world, features, "msrvtt").test) == len(once) + 1
+    assert len({item.clip.video for item in once}) == len(once) and once[0].clip.video == video
+    edit(world / "msrvtt" / "MSRVTT_data.json", lambda data: data.update(
+        sentences=[x for x in data["sentences"] if x["video_id"] != video]))  # fmt: skip
+    assert len(open_task("captioning", world, features, "msrvtt").test[0].texts) == 2
+
+
 def test_seconds_have_the_labels_of_their_segments(small_toy):
     """COIN and CrossTask, second by second from the files themselves."""
     features = open_features(small_toy)
@@ -152,6 +167,23 @@ def test_bad_files_are_one_clear_error_or_counted(world):
     edit(world / "coin" / "COIN.json", turn)
     with pytest.raises(DataError, match=r"segment is \[9, 3\], wanted 0 <= start < end"):
         open_task("segmentation", world, features)
+
+
+def test_skip_bad_leaves_out_features_that_cannot_be_read(world):
+    """A header that is none and numbers that are none, of training and test videos, are counted."""
+    features = open_features(world)
+    whole = open_task("segmentation", world, features, held_out=0.2)
+    lost, odd = whole.train[0][0].clip.video, [whole.val[0].clip.video, whole.test[0].clip.video]
+    (world / "features" / f"{lost}.npy").write_bytes(b"no array")
+    for video in odd:
+        path = world / "features" / f"{video}.npy"
+        np.save(path, np.load(path) * np.nan)
+    with pytest.raises(DataError, match=f"{lost}.npy: not a whole .npy array"):
+        open_task("segmentation", world, features)
+    task = open_task("segmentation", world, open_features(world), skip_bad=True, held_out=0.2)
+    used = {i.clip.video for i in [*task.val, *task.test, *(g[0] for g in task.train)]}
+    assert lost not in used and odd[1] not in used and len(task.test) == len(whole.test) - 1
+    assert not {i.clip.video for i in task.val} & set(odd) and "bad rows left out" in task.said[-1]
 
 
 def test_tasks_and_datasets_that_are_not_there_are_named(world):
