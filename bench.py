@@ -41,7 +41,7 @@ from torch import Tensor
 import ablation
 from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
-from keep import hold_pages
+from keep import hold_pages, read_log
 from loop import memory_mib, start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
@@ -243,8 +243,8 @@ def whole_loop(args, bare: float) -> list[dict]:
         me += ["--batch", str(args.batch), "--steps", "60", "--log-every", "20", "--workers", "4"]
         me += [*["--compile"] * args.compile, "--precision", "fp16", "--out", f"{folder}/run"]
         subprocess.run(me, check=True, stdout=subprocess.DEVNULL)
-        log = Path(folder, "run", "log.jsonl").read_text().splitlines()
-    rate = statistics.mean(json.loads(line)["clips_per_s"] for line in log[1:-1])
+        log = read_log(Path(folder, "run", "log.jsonl"))
+    rate = statistics.mean(line["clips_per_s"] for line in log[1:-1])
     what = f"train.py, {args.batch} clips, fp16, 4 loader workers, against its bare step"
     return [row("loop", what, bare, rate, "clips/s", higher=True)]
 
@@ -297,8 +297,8 @@ def precision(args) -> list[dict]:
             me = [sys.executable, HERE / "train.py", "--data", f"{folder}/toy"]
             me += ["--precision", name, "--out", f"{folder}/{name}", "--log-every", "20"]
             subprocess.run([*me, "--steps", "200"], check=True, capture_output=True)
-            log = Path(folder, name, "log.jsonl").read_text().splitlines()
-            found[name] = [json.loads(x)["loss"] for x in log[:-1]]  # means of 20 steps
+            log = read_log(Path(folder, name, "log.jsonl"))
+            found[name] = [line["loss"] for line in log[:-1]]  # means of 20 steps
     for name in ("bf16", "fp16"):
         far = max(abs(x - y) / y for x, y in zip(found[name], found["fp32"], strict=True))
         what = f"loss of steps 181-200 in fp32 and {name}; ten means differ by {far:.2%} at most"

@@ -7,7 +7,7 @@
     DATA/features*/<video_id>.npy   (seconds, E) float16 or float32, one row a second (features.py)
     DATA/raw_caption.json           {video_id: {"start": [s..], "end": [s..], "text": [str..]}}
     DATA/train.lst, val.lst         a video id a line
-    DATA/msrvtt, youcook2, coin, crosstask: the benchmarks' own files, read below
+    DATA/msrvtt, youcook2, coin, crosstask: the benchmarks' own files (benchmarks.py)
 
 Letters as in vlm.py: `B` clips, `V` seconds of video, `T` text tokens, `E` feature width, `W`
 vocabulary. Everything drawn at random depends on (seed, epoch, video, clip) alone.
@@ -281,7 +281,9 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
         (c.pad_token_id, c.unk_token_id, c.cls_token_id, c.sep_token_id, c.mask_token_id)
     )
     word = (which[:, :T] * (c.vocab_size - len(special))).astype(np.int64)
-    for token in special:  # a random word is never special: count past those below it
+    # DEVIATION: a random word is never special, and under a whole hidden text all read [MASK]; the
+    # authors draw from the whole vocabulary and leave a tenth readable.
+    for token in special:  # count past those below it
         word += word >= token
     how = how[:, :T]
     read = np.where(how < 0.9, word, text)
@@ -388,7 +390,8 @@ class Corpus:
         """Draw one part of optimizer step `step`'s global batch, tokens hidden.
 
         Videos stream by, epoch after epoch, `clips_per_video` clips each; a step takes the next
-        `batch` clips, and part i of n the i-th n-th of those: who computes what changes nothing.
+        `batch` clips, of which part i of n is the i-th of n equal shares: who computes what changes
+        nothing.
         """
         size = batch // parts
         draws = []

@@ -34,7 +34,7 @@ import search
 from benchmarks import Clip, DataError
 from captions import caption_scores
 from data import Corpus, FeatureStore, pairs
-from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces
+from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces, whole
 from tasks import DATASETS, Item, Task, open_task
 from vlm import VLM, Batch, LossSums, load_run, nce, run
 
@@ -42,12 +42,17 @@ from vlm import VLM, Batch, LossSums, load_run, nce, run
 # Retrieval metrics (Tables 2 and 3)
 
 
+def as_good(score: Tensor, own: Tensor) -> Tensor:
+    """Tell which of score (.., N) are as good as own (.., 1): within 1e-9 of it is a tie."""
+    return score >= own - 1e-9 * own.abs()
+
+
 def ranks(text: Tensor, video: Tensor, rows: int = 1024) -> np.ndarray:
     """Rank each text's own video among all: 1 is best (sec. 5.4).
 
     Args:    text, video (N, D): row i of one belongs to row i of the other. rows: texts at a time.
     Returns: (N,) int. A tie counts against the model: whatever scores as well as the own video
-             stands before it. Equal to within 1e-9 of the score is a tie.
+             stands before it.
     Raises:  ValueError for a NaN or infinite score, naming the text.
     """
     text, video = text.double(), video.double()
@@ -58,7 +63,7 @@ def ranks(text: Tensor, video: Tensor, rows: int = 1024) -> np.ndarray:
             bad = int((~score.isfinite()).any(1).nonzero()[0]) + first
             raise ValueError(f"text {bad} has a similarity that is NaN or infinite")
         own = score.diagonal(first)[:, None]
-        out.append((score >= own - 1e-9 * own.abs()).sum(1))
+        out.append(as_good(score, own).sum(1))
     return torch.cat(out).numpy()
 
 
@@ -220,8 +225,7 @@ def answer_qa(model, tokenizer, features, items: list[Item], options: Options) -
         right = 0
         for item, s in zip(items, score.split(counts.tolist()), strict=True):
             own = s[item.right]
-            tied = int((s >= own - 1e-9 * own.abs()).sum()) > 1
-            right += not tied
+            right += int(as_good(s, own).sum()) == 1  # a tie counts against the model
             if not rows:
                 guess = int(s.argmax())
                 predictions.append({"video": item.clip.video, "answer": guess})
@@ -236,9 +240,8 @@ def answer_segmentation(model, tokenizer, features, items, options: Options) -> 
     """Label every second of whole videos (sec. 4.2); names of labels are COIN's ids."""
     guesses = []
     for item in items:
-        h = read_video(model, features, item.clip.video, options.stride)
-        # states averaged over windows, and by that their logits: as VLM.segment does
-        guesses.append(model.classifier(h).argmax(1).cpu().numpy())
+        logits = model.segment(*whole(model, features, item.clip.video), options.stride)
+        guesses.append(logits[0].argmax(1).cpu().numpy())
     labels = model.config.labels or [str(k) for k in range(model.config.num_labels)]
     predictions = {
         item.clip.video: [labels[k] for k in guess]
@@ -380,7 +383,7 @@ def chance(task: Task, tokenizer: Tokenizer, options: Options) -> dict[str, floa
 
 
 def constant(task: Task, tokenizer: Tokenizer, options: Options) -> tuple[str, dict[str, float]]:
-    """Return the best predictor that does not look at the video: (what it does, its score)."""
+    """Return a predictor that does not look at the video: (what it does, its score)."""
     items = task.test
     if task.name == "retrieval":
         return "one order of clips for all texts", retrieval_chance(len(items))
@@ -621,12 +624,12 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         how = "seconds from one window to the next (default: the paper's 16)"
         add("--stride", type=int, default=16, metavar="N", help=how)
     if name == "captioning":
-        how = "beams, 1: greedy search (default: the paper's 5)"
+        how = "beams, 1: greedy search (default: 5, the authors')"
         add("--beams", type=int, default=5, metavar="N", help=how)
         how = "longest caption in word pieces (default: 24; the authors' 24 count three prompt ids)"
         add("--max-new-tokens", type=int, default=24, metavar="N", help=how)
         add("--tokenizer", choices=("bert", "ptb", "space"), default="bert",
-            help="how texts become words: the paper (default: bert), COCO, nlg-eval")  # fmt: skip
+            help="how texts become words: the release's (default), COCO's, nlg-eval's")  # fmt: skip
         add("--meteor-data", metavar="DIR", help="METEOR's word lists (default: pycocoevalcap's)")
     add = parser.add_argument_group("what is written").add_argument
     add("--errors", type=int, default=0, metavar="N", help="mistakes to print (default: 0)")

@@ -2,9 +2,9 @@
 
 Also what a command does with its memory, and how it ends.
 
-trainer.pt holds all that resuming needs, log.jsonl what was printed, `lock` who writes them. Each
-file is moved into place when it is whole, so that a kill at any moment costs the steps since the
-last checkpoint and nothing else.
+trainer.pt holds what resuming needs beside the model, log.jsonl what was printed, `lock` who writes
+them. A checkpoint is moved into place when it is whole and the log gets whole lines, so that a kill
+at any moment costs the steps since the last checkpoint and nothing else.
 """
 
 import contextlib
@@ -189,7 +189,7 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """trainer.pt: all that resuming needs, in one file that is moved into place whole."""
+    """trainer.pt: what resuming needs beside the model's config and tokenizer, moved in whole."""
 
     path: Path
     model: torch.nn.Module
@@ -304,7 +304,7 @@ def hold_pages() -> None:
 
     By default each tensor of 32 MiB and more goes back to the system when it is freed, and the next
     one of that size is zeroed page by page again: two fifths of a small model's step beside a large
-    vocabulary. The price is a quarter more memory (`python bench.py step`), which wide models do
+    vocabulary. The price is 30 % more memory (`python bench.py step`), which wide models do
     not earn back, for their products take nearly all the time.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):

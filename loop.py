@@ -75,13 +75,13 @@ class LoopConfig:
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
     init: str | None = opt(None, "start from this run's weights (fine-tuning's default: the newest "
-                                 "run of train.py on DATA)", metavar="RUN")  # fmt: skip
+                                 "finished one named after DATA)", metavar="RUN")  # fmt: skip
     dropout: float | None = opt(None, "dropout, 0..1 (default: toy 0, else the model's own)")
 
     steps: int | None = opt(None, "steps (default: what --epochs give, see above)", "optimisation")
     epochs: float | None = opt(None, "passes over the training data (default: above; paper: 15)")
     batch: int | None = opt(None, "clips a step, over all ranks (default: above; paper: 256)")
-    accumulate: int = opt(1, "micro-batches a step; each has its own negatives, V' and clips")
+    accumulate: int = opt(1, "micro-batches a step; each has its own negatives (V', clips)")
     lr: float | None = opt(
         None, "peak rate (default: the paper's 5e-5, narrower models more, 1e-3 at width 128)"
     )
@@ -101,7 +101,9 @@ class LoopConfig:
     out: str | None = opt(None, "run directory (default: a new one in runs/)", "the run", "RUN")
     resume: bool = opt(False, "go on with the run at --out; flags given again replace its own")
     save_every: int = opt(500, "steps between checkpoints")
-    log_every: int | None = opt(None, "steps between log lines (default: a fiftieth of the run)")
+    log_every: int | None = opt(
+        None, "steps between log lines (default: a fiftieth of the run; fine-tuning: an epoch)"
+    )
     json: str | None = opt(None, "write the final summary to this file too", metavar="FILE")
 
     def __post_init__(self):
@@ -370,7 +372,7 @@ def learning_rate(step: int, cfg: LoopConfig, peak: float | None = None) -> floa
     peak = cfg.lr if peak is None else peak
     if step < cfg.warmup:
         return peak * (step + 1) / cfg.warmup
-    end = cfg.decay_steps or cfg.steps
+    end = cfg.decay_steps or cfg.steps  # DEVIATION: the authors' decay ends at step 1,000,000
     return peak * max(0.0, (end - step) / max(1, end - cfg.warmup))
 
 

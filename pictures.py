@@ -52,7 +52,7 @@ def save(figure, path: str | Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The six attention masks (Figure 3), and the sequence with what is hidden of it (Figure 2)
+# The six attention masks (Figure 3, and the full one), the sequence and what it hides (Figure 2)
 
 USED = {  # what each mask is for, and what stands in the place of the modality that is not there
     "full": "pre-training (sec. 3)",
@@ -318,7 +318,7 @@ def plot_curves(run: str | Path, path: str) -> None:
 # python eval.py masks | sequence | heads | space | curves
 
 PICTURES = {
-    "masks": "Draw the six attention masks (Figure 3).",
+    "masks": "Draw the six attention masks (five of them Figure 3's).",
     "sequence": "Draw three clips as the encoder reads them, hidden tokens filled (Eq. 2).",
     "heads": "Draw attention heads of a clip, with its words and seconds (Figure 4).",
     "space": "Draw video tokens and word embeddings in two dimensions (sec. 5.5.2).",

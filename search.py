@@ -53,12 +53,17 @@ def embed_texts(model: VLM, tokenizer: Tokenizer, texts: list[str], size: int = 
     return torch.cat(out)
 
 
+def whole(model: VLM, features: FeatureStore, video: str) -> tuple[Tensor, Tensor]:
+    """Read all seconds of a video, for the model's device: (1, seconds, E), valid (1, seconds)."""
+    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
+    x = x.to(model.video_mean.device)
+    return x, torch.ones_like(x[:, :, 0], dtype=torch.bool)
+
+
 @torch.no_grad()
 def read_video(model: VLM, features: FeatureStore, video: str, stride: int | None = None) -> Tensor:
     """Encode a whole video without any text, by windows if it is long: h (seconds, D)."""
-    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
-    x = x.to(model.video_mean.device)
-    return model.encode_video(x, torch.ones_like(x[:, :, 0], dtype=torch.bool), stride)[0, :-1]
+    return model.encode_video(*whole(model, features, video), stride)[0, :-1]
 
 
 def centre(model: VLM, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +123,10 @@ def embed_windows(
 
     Returns: [(video, start, end)] in seconds, and their embeddings (N, D).
     """
-    M, device = model.config.max_video_len, model.video_mean.device
+    longest, device = model.config.max_video_len, model.video_mean.device
     cut = []
     for video in videos:
-        cut += [(video, *span) for span in spans(len(features.open(video)), M, stride)]
+        cut += [(video, *span) for span in spans(len(features.open(video)), longest, stride)]
     out, shown = [], time.monotonic()
     for i in range(0, len(cut), size):
         part = cut[i : i + size]
@@ -145,12 +150,9 @@ def search(
              to the next, at most max_video_len; None: half a window.
     Raises:  ValueError for an empty query, an unknown video, or a stride that skips seconds.
     """
-    M = model.config.max_video_len
-    stride = max(1, M // 2) if stride is None else stride
+    stride = model.window_stride(stride)
     if not query.strip():
         raise ValueError("the query is empty: say in words what to look for")
-    if not 1 <= stride <= M:
-        raise ValueError(f"--stride is {stride}, wanted 1..{M}: every second must be in a window")
     videos = sorted(features.place) if videos is None else videos
     if unknown := [video for video in videos if video not in features]:
         raise ValueError(f"video {unknown[0]!r} has no features; there are {len(features)} others")

@@ -68,7 +68,7 @@ class Task:
 
     train: groups of items; an epoch draws one of each group, as MSR-VTT's sentences of a video.
     val: held out of the training videos, to choose the best epoch by. test: what is reported.
-    labels: segmentation's label ids in class order, 0 the background; names: in words.
+    labels: segmentation's label ids in class order, 0 the background.
     said: what was read and what was left out, a line each. bad: who hears of a bad row.
     """
 
@@ -79,7 +79,6 @@ class Task:
     val: list[Item] = field(default_factory=list)
     test: list[Item] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     bad: Callable = stop
 
@@ -112,8 +111,8 @@ def open_task(
              skip_bad: count bad rows and go on. held_out: share of the training videos that
              becomes `val`, chosen by seed. labels: a run's label ids, which are then the classes.
              stride: seconds from one training window to the next. train_videos: localization's
-             training videos of a task (sec. 5.4: 540 of 18 tasks). join: sentences that make up
-             one text of a held-out MSR-VTT clip, as in training (finetune.py).
+             training videos of a task (the authors' 30; 540 in all, sec. 5.4). join: sentences
+             that make up one text of a held-out MSR-VTT clip, as in training (finetune.py).
     Raises:  DataError for a missing folder or file, a bad row, or when no test item is left.
     """
     data = Path(data)
@@ -283,9 +282,7 @@ def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride
         number = re.compile("[0-9]{1,18}").fullmatch
         labels = ["", *sorted(ids, key=lambda k: (0, int(k), k) if number(k) else (1, 0, k))]
     index = {label: i for i, label in enumerate(labels)}
-    words = {c.key or c.text: c.text for split in found.values() for v in split.values() for c in v}
     task.labels = labels
-    task.names = ["background", *(words.get(label, label) for label in labels[1:])]
     unseen: set[str] = set()
 
     def label(video: str, clips: list[Clip]) -> Item:
@@ -319,7 +316,8 @@ def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride
 def _localization(
     task: Task, found: dict, held_out: float, stride: int, train_videos: int, rng
 ) -> None:
-    """Fill action step localization from CrossTask (sec. 4.3): train without, test with val's."""
+    """Fill action step localization from CrossTask (sec. 4.3): test on the pairs of videos_val.csv,
+    train on the other annotated ones."""
 
     primary_tasks = set(found["primary"])
 

@@ -45,7 +45,7 @@ CHATTER = [
 PIECES_PER_SECOND = 2.4  # sec. 5.1.1
 HELD_OUT = 300
 WIDTH = 64  # E
-VOCABULARY = 400  # some words stay whole, the rarest split
+VOCABULARY = 400  # at most: the words and the pieces that lead to them are fewer, none is split
 
 Step = tuple[int, int, int]  # verb, object, tool
 

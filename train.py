@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py --data HOWTO --bert bert-base-uncased     paper scale
     torchrun train.py --resume --out runs/toy          goes on where a run stopped, bit for bit
 
-A run directory holds model.safetensors, config.json, tokenizer.json (the model), trainer.pt (all
-that resuming needs, from before the first step on), log.jsonl (what was printed; its last line is
-the summary) and lock (who writes here).
+A run directory holds model.safetensors, config.json, tokenizer.json (the model), trainer.pt (what
+resuming needs besides, from before the first step on), log.jsonl (what was printed; its last line
+is the summary) and lock (who writes here).
 
 Without --steps and --epochs: the toy world takes 1,000 steps of 32 clips, 2 of a video, without
 dropout; other data the paper's 15 epochs of 256 clips, 32 of a video. The loop itself, with ranks,
@@ -201,8 +201,9 @@ def is_free(out: Path) -> bool:
     if not out.is_dir():
         return False
     names = {p.name for p in out.iterdir() if p.suffix != ".partial"}
-    if names == {"lock", "log.jsonl"}:
-        return not (out / "log.jsonl").stat().st_size
+    if "log.jsonl" in names and not (out / "log.jsonl").stat().st_size:
+        # its first model may be there: trainer.pt, which --resume wants, is written after it
+        return names <= {"lock", "log.jsonl", "model.safetensors", "config.json", "tokenizer.json"}
     return names <= {"lock"}
 
 

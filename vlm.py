@@ -13,7 +13,8 @@ are hidden (sec. 3.2, 3.3, Figure 2) says data.hide; weights come and go through
 
 Letters are sizes: `B` clips, `V` video tokens (one a second), `T` text tokens (word pieces and
 their [SEP]), `L = 1+V+1+T` the whole sequence, `D` width, `H` heads, `E` width of the frozen video
-features, `W` vocabulary, `K` labels, `N` real tokens of a batch (padding left out), `M` hidden.
+features, `W` vocabulary, `K` labels, `N` real tokens of a batch (padding left out), `M` hidden, `P`
+candidates; in Eq. 5-9 alone `V_` and `D` are the paper's sets V' and D, of video tokens and words.
 Three words for what is often called "mask", all bool: `*_valid` is real, not padding; `*_hidden`
 must be predicted; `attend (B, L, L)`: the row may look at the column.
 """
@@ -277,8 +278,9 @@ class LossSums:
 class VLM(nn.Module):
     """One encoder for video, text or both (sec. 3.1); only the attention mask differs by task.
 
-    Every method takes any B, any device, V up to max_video_len and T up to max_text_len. Padding
-    may stand on the right of either side, as much as there is room for, and changes no result.
+    Every method takes any B, any device, V up to max_video_len (video alone: any) and T up to
+    max_text_len. Padding may stand on the right of either side, as much as there is room for, and
+    changes no result.
     """
 
     def __init__(self, config: VLMConfig):
@@ -414,11 +416,8 @@ class VLM(nn.Module):
         Returns: (B, V+1, D): v.. and their [SEP] in the last place; zeros at padding.
         Raises:  ValueError for a wrong shape, or a stride outside 1..max_video_len.
         """
-        (B, V), M = video_valid.shape, self.config.max_video_len
-        stride = max(1, M // 2) if stride is None else stride
-        if not 1 <= stride <= M:
-            raise ValueError(f"stride is {stride}, wanted 1..{M}: every second must be in a window")
-        if V > M:
+        (B, V), stride = video_valid.shape, self.window_stride(stride)
+        if V > self.config.max_video_len:
             return self.encode_windows(video, video_valid, stride)
         x, _ = self.video_tokens(video, video_valid)
         sep = self.special(self.config.sep_token_id, B)
@@ -426,24 +425,35 @@ class VLM(nn.Module):
         real = torch.cat([video_valid, video_valid.new_ones(B, 1)], 1)
         return self.bert(torch.cat([x.to(sep), sep], 1), position, segment, real)
 
+    def window_stride(self, stride: int | None) -> int:
+        """Return the seconds from one window to the next, half a window for None; or ValueError."""
+        longest = self.config.max_video_len
+        stride = max(1, longest // 2) if stride is None else stride
+        if not 1 <= stride <= longest:
+            raise ValueError(
+                f"stride is {stride}, wanted 1..{longest}: every second must be in a window"
+            )
+        return stride
+
     def encode_windows(self, video: Tensor, video_valid: Tensor, stride: int) -> Tensor:
         """Read V > max_video_len seconds for `encode_video`: (B, V, E), (B, V) -> (B, V+1, D)."""
-        (B, V), M = video_valid.shape, self.config.max_video_len
-        n = 1 + -(-(V - M) // stride)  # windows
-        extra = (n - 1) * stride + M - V
+        (B, V), longest = video_valid.shape, self.config.max_video_len
+        n = 1 + -(-(V - longest) // stride)  # windows
+        extra = (n - 1) * stride + longest - V
         video, valid = F.pad(video, (0, 0, 0, extra)), F.pad(video_valid, (0, extra))
         seconds = (torch.arange(V, device=valid.device) + 1).mul(video_valid).amax(1)  # (B,)
         begin = stride * torch.arange(n, device=valid.device)
         # a window is used if the one before it did not reach the clip's end, padding left out
-        used = (begin + M - stride < seconds[:, None]) | (begin == 0)  # (B, n)
-        valid = valid.unfold(1, M, stride) & used[:, :, None]  # (B, n, M)
-        windows = video.unfold(1, M, stride).transpose(2, 3)  # (B, n, M, E)
+        used = (begin + longest - stride < seconds[:, None]) | (begin == 0)  # (B, n)
+        valid = valid.unfold(1, longest, stride) & used[:, :, None]  # (B, n, longest)
+        windows = video.unfold(1, longest, stride).transpose(2, 3)  # (B, n, longest, E)
         h = self.encode_video(windows.flatten(0, 1), valid.flatten(0, 1))
-        h = h.view(B, n, M + 1, -1)
-        place = (begin[:, None] + torch.arange(M, device=begin.device)).flatten()
-        total = h.new_zeros(B, V + extra, h.shape[3]).index_add(1, place, h[:, :, :M].flatten(1, 2))
+        h = h.view(B, n, longest + 1, -1)
+        place = (begin[:, None] + torch.arange(longest, device=begin.device)).flatten()
+        total = h.new_zeros(B, V + extra, h.shape[3])
+        total = total.index_add(1, place, h[:, :, :longest].flatten(1, 2))
         times = h.new_zeros(B, V + extra).index_add(1, place, valid.flatten(1).to(h))
-        sep = (h[:, :, M] * used[:, :, None]).sum(1) / used.sum(1, keepdim=True)
+        sep = (h[:, :, longest] * used[:, :, None]).sum(1) / used.sum(1, keepdim=True)
         return torch.cat([(total / times.clamp(min=1)[:, :, None])[:, :V], sep[:, None]], 1)
 
     def encode_text(self, text: Tensor, text_valid: Tensor) -> Tensor:
@@ -466,15 +476,16 @@ class VLM(nn.Module):
         h = self.encode_text(text, text_valid)
         return h.sum(1) / text_valid.sum(1, keepdim=True).clamp(min=1)
 
-    def segment(self, video: Tensor, video_valid: Tensor) -> Tensor:
+    def segment(self, video: Tensor, video_valid: Tensor, stride: int | None = None) -> Tensor:
         """Give each second its label logits (sec. 4.2): (B, V, E), (B, V) -> (B, V, K).
 
-        Videos of any length: a second's logits are averaged over the windows that hold it.
+        Videos of any length: a second's logits are averaged over the windows that hold it, one
+        every `stride` seconds, as `encode_video` has them.
         Raises: ValueError without a classifier (num_labels 0).
         """
         if not self.config.num_labels:
             raise ValueError("this model has num_labels 0: fine-tune it for segmentation first")
-        return self.classifier(self.encode_video(video, video_valid)[:, :-1])
+        return self.classifier(self.encode_video(video, video_valid, stride)[:, :-1])
 
     def set_labels(self, labels: list[str]) -> None:
         """Give the model an untrained classifier (sec. 4.2) for label ids, background first."""
@@ -711,7 +722,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     a = commands.add_parser("masks", allow_abbrev=False, epilog="example: python vlm.py masks",
-                            help="draw the six attention masks (Figure 3)")  # fmt: skip
+                            help="draw the six masks (Figure 3, and the full one)")  # fmt: skip
     how = "video tokens, one a second (default: 4)"
     a.add_argument("--video", type=int, default=4, metavar="N", help=how)
     how = "text tokens with their [SEP] (default: 4)"

@@ -267,14 +267,15 @@ def test_readme_says_where_each_part_of_the_paper_is():
     assert not wanted - found, f"not in README's table: {', '.join(sorted(wanted - found))}"
 
 
-def commands(text: str) -> Iterator[tuple[str, bool]]:
+def commands(text: str, remark: str) -> Iterator[tuple[str, bool]]:
     """Yield what a text calls from the shell, and whether it is whole: a line of its own.
 
-    A name between back-ticks, as in `python eval.py TASK`, may leave arguments out.
+    A name between back-ticks, as in `python eval.py TASK`, may leave arguments out. remark: what
+    a remark behind a command begins with, a regular expression.
     """
     for line in re.findall(r"^(?:    )?((?:pip .* && )?(?:python|torchrun) .*)$", text, re.M):
         line = re.sub(r"^pip .* && ", "", line)
-        yield re.split(r"   +|  \(", line)[0], True  # what comes after is a remark
+        yield re.split(remark, line)[0], True
     for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text):
         yield line, "--" in line
 
@@ -298,7 +299,8 @@ def test_every_command_that_is_written_down_is_one_that_is_understood(where, par
     text = README if where == "README.md" else ast.get_docstring(ast.parse(SOURCE[where])) or ""
     text = text.replace("\\\n", "")
     seen = 0
-    for command, whole in commands(text):
+    remark = "  # " if where == "README.md" else "   +|  # "  # README's lines can be pasted
+    for command, whole in commands(text, remark):
         if found := arguments(command, parsers):
             parser, argv = found
             seen += 1

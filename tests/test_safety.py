@@ -106,6 +106,11 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_again(small_toy, w
         (out / name).touch()
     main(config(small_toy, out))
     assert not kill.differ(whole, out)
+    for name in ("trainer.pt", "log.jsonl"):  # as a kill between model and trainer.pt leaves it
+        (out / name).unlink()
+    (out / "log.jsonl").touch()
+    main(config(small_toy, out))
+    assert not kill.differ(whole, out)
     for name in ("model.safetensors", "notes.txt"):
         other = tmp_path / name
         other.mkdir()

@@ -88,7 +88,7 @@ def test_bad_searches_say_what_would_do(small_toy, a_run, tmp_path):
     for more, message in (
         ([" "], "the query is empty"),
         (["x", "--within", "nobody"], "video 'nobody' has no features"),
-        (["x", "--stride", "33"], r"--stride is 33, wanted 1\.\.32"),
+        (["x", "--stride", "33"], r"stride is 33, wanted 1\.\.32"),
         (["x", "--top", "0"], "--top is 0"),
     ):
         with pytest.raises(ValueError, match=message):
