@@ -628,8 +628,8 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add("--beams", type=int, default=5, metavar="N", help=how)
         how = "longest caption in word pieces (default: 24; the authors' 24 count three prompt ids)"
         add("--max-new-tokens", type=int, default=24, metavar="N", help=how)
-        add("--tokenizer", choices=("bert", "ptb", "space"), default="bert",
-            help="how texts become words: the release's (default), COCO's, nlg-eval's")  # fmt: skip
+        how = "how texts become words: as the authors' (default: bert), COCO's, nlg-eval's"
+        add("--tokenizer", choices=("bert", "ptb", "space"), default="bert", help=how)
         add("--meteor-data", metavar="DIR", help="METEOR's word lists (default: pycocoevalcap's)")
     add = parser.add_argument_group("what is written").add_argument
     add("--errors", type=int, default=0, metavar="N", help="mistakes to print (default: 0)")

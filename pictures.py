@@ -64,17 +64,34 @@ USED = {  # what each mask is for, and what stands in the place of the modality 
 }
 
 
+def token_names(V: int, T: int) -> list[str]:
+    """Name the tokens of [CLS] v.. [SEP] t.. [SEP]; T counts the text's [SEP]."""
+    video, text = (f"v{i + 1}" for i in range(V)), (f"t{i + 1}" for i in range(T - 1))
+    return ["[CLS]", *video, "[SEP]", *text, "[SEP]"]
+
+
+def mask_of(kind: str, V: int, T: int) -> torch.Tensor:
+    """Return who may look at whom in a clip without padding: (L, L) bool."""
+    valid = [torch.ones(1, n, dtype=torch.bool) for n in (V, T)]
+    return attention_mask(kind, *valid)[0]
+
+
+def draw_mask(kind: str, V: int, T: int) -> str:
+    """Draw one attention mask in the terminal: rows look at columns."""
+    rows = zip(token_names(V, T), mask_of(kind, V, T), strict=True)
+    lines = [f"{name:>7} " + "".join("██" if x else "· " for x in row) for name, row in rows]
+    return "\n".join([f"{kind:>12}", *lines])
+
+
 def plot_masks(path: str | Path, V: int = 6, T: int = 5) -> None:
     """Draw who may look at whom: V seconds of video, T text tokens with their [SEP]."""
     plt = matplotlib()
-    names = ["[CLS]", *(f"v{i + 1}" for i in range(V)), "[SEP]"]
-    names += [*(f"t{i + 1}" for i in range(T - 1)), "[SEP]"]
+    names = token_names(V, T)
     kind = torch.tensor([1] + [2] * (V + 1) + [3] * T)  # the column's modality gives the colour
-    valid = [torch.ones(1, n, dtype=torch.bool) for n in (V, T)]
     colors = plt.matplotlib.colors.ListedColormap(["white", GREY, BLUE, ORANGE])
     figure, axes = plt.subplots(2, 3, figsize=(12, 9), layout="constrained")
     for axis, name in zip(axes.flat, KINDS, strict=True):
-        axis.imshow((attention_mask(name, *valid)[0] * kind).numpy(), cmap=colors, vmin=0, vmax=3)
+        axis.imshow((mask_of(name, V, T) * kind).numpy(), cmap=colors, vmin=0, vmax=3)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.set_xticks(np.arange(-0.5, len(names)), minor=True)

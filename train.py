@@ -94,29 +94,7 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
     Raises: ValueError when the run that should go on is one of another kind.
     """
     if cfg.resume:
-        out = Path(cfg.out or newest_run(cfg))
-        saved = read_checkpoint(out / "trainer.pt")["config"]
-        known = {f.name for f in dataclasses.fields(cfg)}
-        if "task" in saved and saved["task"] != getattr(cfg, "task", None):
-            task = saved["task"]
-            raise ValueError(f"{out} was fine-tuned for {task}: resume it as that, "
-                             f"torchrun finetune.py {task} --resume --out {out}")  # fmt: skip
-        if "task" in known and "task" not in saved:
-            raise ValueError(f"{out} is a pre-training run: torchrun train.py --resume goes on")
-        changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
-        changed = {k: v for k, v in changed.items() if saved.get(k) != v}
-        for name, value in changed.items():
-            flag, was = f"--{name.replace('_', '-')} {value}", saved.get(name)
-            if name in MADE:
-                raise ValueError(f"{flag}: the run in {out} has {was}, and its model is made: "
-                                 "leave the flag out, or start another run")  # fmt: skip
-            print(f"resuming with {flag}, it was {was}")
-        for name in saved.keys() - known:
-            print(f"the run's setting {name} = {saved[name]} is unknown here and left out")
-        values = {k: v for k, v in saved.items() if k in known} | changed
-        if "epochs" in changed and "steps" not in changed:
-            values["steps"] = None
-        return type(cfg)(**values | {"resume": True, "out": str(out), "json": cfg.json})
+        return settle_resumed(cfg, given)
     if (cfg.bert or cfg.init) and (sizes := given & {"layers", "width"}):
         source = f"--bert {cfg.bert}" if cfg.bert else f"--init {cfg.init}"
         raise ValueError(f"--{min(sizes)}: {source} has its own: leave the flag out")
@@ -125,6 +103,33 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
     if cfg.epochs is not None:
         empty.pop("steps", None)
     return dataclasses.replace(cfg, **empty)
+
+
+def settle_resumed(cfg: LoopConfig, given: set[str]) -> LoopConfig:
+    """Take the settings of the run that goes on, but for those given again; ValueError as above."""
+    out = Path(cfg.out or newest_run(cfg))
+    saved = read_checkpoint(out / "trainer.pt")["config"]
+    known = {f.name for f in dataclasses.fields(cfg)}
+    if "task" in saved and saved["task"] != getattr(cfg, "task", None):
+        task = saved["task"]
+        raise ValueError(f"{out} was fine-tuned for {task}: resume it as that, "
+                         f"torchrun finetune.py {task} --resume --out {out}")  # fmt: skip
+    if "task" in known and "task" not in saved:
+        raise ValueError(f"{out} is a pre-training run: torchrun train.py --resume goes on")
+    changed = {k: getattr(cfg, k) for k in given - {"resume", "out", "json"}}
+    changed = {k: v for k, v in changed.items() if saved.get(k) != v}
+    for name, value in changed.items():
+        flag, was = f"--{name.replace('_', '-')} {value}", saved.get(name)
+        if name in MADE:
+            raise ValueError(f"{flag}: the run in {out} has {was}, and its model is made: "
+                             "leave the flag out, or start another run")  # fmt: skip
+        print(f"resuming with {flag}, it was {was}")
+    for name in saved.keys() - known:
+        print(f"the run's setting {name} = {saved[name]} is unknown here and left out")
+    values = {k: v for k, v in saved.items() if k in known} | changed
+    if "epochs" in changed and "steps" not in changed:
+        values["steps"] = None
+    return type(cfg)(**values | {"resume": True, "out": str(out), "json": cfg.json})
 
 
 def fill_in(cfg: LoopConfig, model: VLM, epoch: float) -> None:

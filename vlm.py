@@ -38,10 +38,10 @@ from bert import Bert, Layer, VLMConfig, pad, square
 from keep import run
 from weights import (
     LoadReport,
+    convert,
     load_bert,
     load_mmpt,
     load_tokenizer,
-    mmpt_config,
     read_tensors,
     save_run,
     write_aside,
@@ -523,6 +523,22 @@ class VLM(nn.Module):
         count, zero = batch.text_valid.sum(), text_sum.new_zeros(())
         return LossSums(zero, count.new_zeros(()), text_sum, count, 0.0, math.log(len(D)), True)
 
+    def remember(self, video: Tensor, video_valid: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        """Read the video once for `generate`: [CLS] v.. [SEP] never look at the text.
+
+        Args:    video (B, V, E), video_valid (B, V).
+        Returns: each layer's [keys, values], (B, H, V+2, D/H); real (B, V+2).
+        """
+        (B, V), c = video_valid.shape, self.config
+        x, _ = self.video_tokens(video, video_valid)
+        cls, sep = self.special(c.cls_token_id, B), self.special(c.sep_token_id, B)
+        one = video_valid.new_ones(B, 1)
+        real = torch.cat([one, video_valid, one], 1)
+        past = [[] for _ in self.bert.encoder["layer"]]
+        x = torch.cat([cls, x.to(cls), sep], 1)
+        self.bert(x, *self.places(V, 0, x.device), real, square(real), past)
+        return past, real
+
     @torch.no_grad()
     def generate(
         self, video: Tensor, video_valid: Tensor, beams: int = 5, max_new_tokens: int = 24
@@ -538,21 +554,13 @@ class VLM(nn.Module):
         Returns: each clip's word pieces, at most max_new_tokens, no special token among them.
         Raises:  ValueError for beams below 1 or max_new_tokens outside 1..max_text_len - 1.
         """
-        c, (B, V), device = self.config, video_valid.shape, video.device
+        c, B, device = self.config, len(video), video.device
         if beams < 1 or not 1 <= max_new_tokens < c.max_text_len:
             raise ValueError(
                 f"beams {beams} and max_new_tokens {max_new_tokens}: wanted at least 1, and "
                 f"1..{c.max_text_len - 1}"
             )
-        # The video's keys and values, once: [CLS] v.. [SEP] never look at the text.
-        x, _ = self.video_tokens(video, video_valid)
-        cls, sep = self.special(c.cls_token_id, B), self.special(c.sep_token_id, B)
-        one = video_valid.new_ones(B, 1)
-        real = torch.cat([one, video_valid, one], 1)  # (B, V+2)
-        past = [[] for _ in self.bert.encoder["layer"]]
-        x = torch.cat([cls, x.to(cls), sep], 1)
-        self.bert(x, *self.places(V, 0, device), real, square(real), past)
-
+        past, real = self.remember(video, video_valid)
         special = [c.pad_token_id, c.unk_token_id, c.cls_token_id, c.mask_token_id]
         banned = torch.zeros(c.vocab_size, device=device)
         banned[special] = -math.inf
@@ -679,43 +687,6 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
 # python vlm.py masks
 
 
-def draw_mask(kind: str, V: int, T: int) -> str:
-    """Draw one attention mask: rows look at columns; T counts the text's [SEP]."""
-    valid = [torch.ones(1, n, dtype=torch.bool) for n in (V, T)]
-    names = ["[CLS]", *(f"v{i + 1}" for i in range(V)), "[SEP]"]
-    names += [*(f"t{i + 1}" for i in range(T - 1)), "[SEP]"]
-    attend = attention_mask(kind, *valid)[0]
-    lines = [
-        f"{name:>7} " + "".join("██" if x else "· " for x in row)
-        for name, row in zip(names, attend, strict=True)
-    ]
-    return "\n".join([f"{kind:>12}", *lines])
-
-
-def convert(checkpoint: Path, out: Path, bert: str | None, heads: int | None) -> None:
-    """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor.
-
-    Raises: ValueError when `out` is not empty or vocabulary and checkpoint are not a pair.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty: choose another")
-    tokenizer = load_tokenizer(bert) if bert else None
-    model = VLM(VLMConfig(**mmpt_config(checkpoint, heads)))
-    c = model.config
-    if tokenizer and tokenizer.get_vocab_size() != c.vocab_size:
-        raise ValueError(
-            f"{bert} has {tokenizer.get_vocab_size()} word pieces, the checkpoint {c.vocab_size}: "
-            "they are not a pair"
-        )
-    load_mmpt(model, checkpoint)
-    save_run(out, model, tokenizer)
-    print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
-    if c.stage == "pre-trained":
-        print("it holds no means over training clips: zero-shot, dot products alone compare")
-    if not tokenizer:
-        print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run one of this file's small commands."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -740,9 +711,12 @@ def main(argv: list[str] | None = None) -> None:
     a.add_argument("--heads", type=int, metavar="N", help="attention heads (default: width / 64)")
     args = parser.parse_args(argv)
     if args.command == "convert":
-        return convert(args.checkpoint, args.out, args.bert, args.heads)
+        make = lambda sizes: VLM(VLMConfig(**sizes))  # noqa: E731
+        return convert(make, args.checkpoint, args.out, args.bert, args.heads)
     if args.video < 0 or args.text < 1:
         raise ValueError(f"--video {args.video} --text {args.text}: wanted at least 0 and 1")
+    from pictures import draw_mask  # which imports this file
+
     print("\n\n".join(draw_mask(kind, args.video, args.text) for kind in KINDS))
 
 

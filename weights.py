@@ -345,6 +345,37 @@ def save_run(path: str | Path, model: nn.Module, tokenizer: Tokenizer | None) ->
         write_aside(path / "tokenizer.json", lambda f: tokenizer.save(str(f)))
 
 
+def convert(
+    make: Callable[[dict], nn.Module],
+    checkpoint: Path,
+    out: Path,
+    bert: str | None,
+    heads: int | None,
+) -> None:
+    """Write the authors' fairseq checkpoint as a run directory; say what became of each tensor.
+
+    Args:   make: sizes (VLMConfig's) -> an untrained VLM. bert: where its vocabulary is.
+    Raises: ValueError when `out` is not empty or vocabulary and checkpoint are not a pair.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty: choose another")
+    tokenizer = load_tokenizer(bert) if bert else None
+    model = make(mmpt_config(checkpoint, heads))
+    c = model.config
+    if tokenizer and tokenizer.get_vocab_size() != c.vocab_size:
+        raise ValueError(
+            f"{bert} has {tokenizer.get_vocab_size()} word pieces, the checkpoint {c.vocab_size}: "
+            "they are not a pair"
+        )
+    load_mmpt(model, checkpoint)
+    save_run(out, model, tokenizer)
+    print(f"{c.stage} ({c.task}), {c.num_hidden_layers} layers of width {c.hidden_size}: {out}")
+    if c.stage == "pre-trained":
+        print("it holds no means over training clips: zero-shot, dot products alone compare")
+    if not tokenizer:
+        print(f"no --bert: copy the vocabulary it was trained with, vocab.txt, into {out}")
+
+
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it in, so that a reader never sees half of it.
 
