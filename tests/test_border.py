@@ -615,7 +615,7 @@ def unguarded(source: str) -> list[str]:
 
 
 def test_imports_run_one_way():
-    """Catches a reader that imports what stands on it; data.py's and vlm.py's commands alone may."""
+    """Catches a file that imports what stands on it; data.py's and vlm.py's commands alone may."""
     commands = {"data": {"check"}, "vlm": {"pictures"}}
     files, below = {path.stem: path.read_text() for path in REPO.glob("*.py")}, {}
     for file, source in files.items():
