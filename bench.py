@@ -41,7 +41,7 @@ from torch import Tensor
 import ablation
 from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
-from keep import hold_pages, read_log
+from keep import can_write, hold_pages, read_log
 from loop import memory_mib, start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
@@ -680,6 +680,7 @@ def main(argv: list[str] | None = None) -> int:
     for flag, least in (("repeat", 1), ("layers", 1), ("clips", 1), ("videos", 100)):
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")
+    can_write(args.json, "--json")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training
     if args.which:

@@ -153,6 +153,8 @@ def read_table(path: Path, columns: list[str], bad: Callable, delimiter: str = "
     """
     rows = read_rows(path, delimiter)
     _, header = next(rows, (0, []))
+    if not header:
+        raise DataError(f"{path}: is empty, wanted a header with {', '.join(columns)}")
     if odd := [name for name in columns if header.count(name) != 1]:
         raise DataError(f"{path}: columns are {shown(header)}, wanted also {', '.join(odd)}, once")
     found = []

@@ -440,6 +440,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Score the captions of one file against those of another, and print the table."""
+    from keep import can_write
+
+    can_write(args.json, "--json")
     word_pieces, vocabulary = None, args.run or args.vocab
     if (args.tokenizer == "bert") != bool(vocabulary):
         raise DataError("--tokenizer bert and one of --run and --vocab go together")

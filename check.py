@@ -152,8 +152,12 @@ def check_narration(
                 if video not in captions.index:
                     bad(f"{path}: {video} is not in raw_caption.json")
             wanted[f"{split}.lst"] = ids
-        else:
+            if not ids:
+                bad(f"{path}: empty; write one video id a line")
+        elif split == "train":
             bad(f"{path}: no such file; write one video id a line")
+        else:
+            print("val.lst".ljust(12) + "not there: no held-out loss")
     return wanted
 
 
@@ -191,8 +195,9 @@ def check_benchmark(name: str, found: dict, store, bad: Callable) -> dict[str, l
         if name == "coin":
             line += f", {len({clip.key for clip in items})} labels"
         print(f"{name:12}{line}")
-        if not items and split in ("test", "validation", "testing"):  # QA alone may be left out
-            bad(f"{name} {split}: none: its list is missing or empty, nothing can be tested")
+        if not items and split != "QA":  # which alone may be left out
+            done = "trained on" if split.startswith("train") else "tested"
+            bad(f"{name} {split}: none: its list is missing or empty, nothing can be {done}")
         ends = {video: _seconds(store, video) for video in dict.fromkeys(ids)}
         past = [clip for clip in items if clip.start >= ends[clip.video]]
         if past:

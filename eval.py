@@ -34,6 +34,8 @@ import search
 from benchmarks import Clip, DataError
 from captions import caption_scores
 from data import Corpus, FeatureStore, pairs
+from keep import can_write
+from meteor import meteor_files
 from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces, whole
 from tasks import DATASETS, Item, Task, open_task
 from vlm import VLM, Batch, LossSums, load_run, nce, run
@@ -189,6 +191,10 @@ class Options:
     tokenizer: str = "bert"
     meteor_data: str | None = None
     stride: int = 16
+
+    def __post_init__(self):
+        if self.meteor_data:
+            meteor_files(self.meteor_data)  # a folder without them is named now, not after the work
 
 
 def answer_retrieval(model, tokenizer, features, items: list[Item], options: Options) -> Answers:
@@ -392,7 +398,10 @@ def constant(task: Task, tokenizer: Tokenizer, options: Options) -> tuple[str, d
         return f"always answer {right[0]}", {"accuracy": right[1] / len(items)}
     if task.name == "segmentation":
         truths = [item.truth for item in items]
-        return "background only", segmentation([np.zeros_like(t) for t in truths], truths)
+        shown = [item.truth for group in task.train for item in group] or [np.zeros(1, int)]
+        k = np.bincount(np.concatenate(shown)).argmax()  # the commonest training second's label
+        what = f"always {task.labels[k]}" if k else "background only"
+        return what, segmentation([np.full_like(t, k) for t in truths], truths)
     if task.name == "localization":  # steps spread evenly over the video, in order
         hits = []
         for x in items:
@@ -639,6 +648,8 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def task_command(name: str, args: argparse.Namespace) -> int:
     """Evaluate a run on one task."""
+    can_write(args.predictions, "--predictions")
+    can_write(args.json, "--json")
     model, tokenizer = load_run(args.run, args.device)
     features = fitting_features(args, model)
     task = open_task(name, args.data, features, getattr(args, "dataset", None), args.skip_bad,

@@ -52,7 +52,8 @@ class FeatureStore:
             arrays = [name[:-4] for name in names if name.endswith(".npy")]
             shards = [folder / name for name in names if name.endswith(".safetensors")]
             if not arrays and not shards:
-                raise DataError(f"{folder}: empty; wanted <video_id>.npy files or *.safetensors")
+                there = f"did you mean {folder / 'features'}?" if "features" in names else "empty?"
+                raise DataError(f"{folder}: no <video_id>.npy and no *.safetensors in it: {there}")
             if arrays:
                 self._index(folder, arrays)
             for shard in shards:

@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks import DataError
 from data import encode, generator, open_features, pairs
 from eval import ANSWER, Options, evaluate
 from keep import Log, Progress, Stopped, fingerprint, read_log
 from loop import LoopConfig, Ranks, fit, launch, opt, start_ranks
-from tasks import DATASETS, WINDOW, Item, Task, joined, open_task
+from tasks import DATASETS, WINDOW, Item, Task, joined, open_task, why_none
 from train import (
     agreed,
     begin,
@@ -44,7 +45,7 @@ from train import (
     fill_in,
     is_toy,
     make_model,
-    newest_run,
+    named_after,
     run_directory,
     stopped,
 )
@@ -59,7 +60,8 @@ class TuneConfig(LoopConfig):
     """Fine-tune. Settings left at None take the values of TOY or PAPER below, by task."""
 
     task: str = opt("retrieval", "what to learn", at=1, choices=tuple(DATASETS))
-    dataset: str | None = opt(None, "benchmark, by its folder in DATA (default: the first)",
+    dataset: str | None = opt(None, "benchmark, by its folder in DATA (default: msrvtt; captioning "
+                              "youcook2; the other one if that is not there)",
                               "data", choices=("msrvtt", "youcook2"))  # fmt: skip
     held_out: float = opt(0.1, "share of training videos to choose the best epoch by (0: none)")
     limit: int | None = opt(None, "train on so many items alone, drawn by the seed (default: all)")
@@ -100,6 +102,13 @@ PAPER = {  # "the same as pre-training" (sec. 5.2), but for data that is a thous
     "segmentation": dict(epochs=10, batch=32),
     "localization": dict(epochs=10, batch=16),
     "captioning": dict(epochs=10, batch=64),
+}
+TASKS_OF = {  # settings that some tasks alone have
+    "join_captions": ("retrieval", "qa", "captioning"),
+    "stride": ("segmentation", "localization"),
+    "train_videos": ("localization",),
+    "tokenizer": ("captioning",),
+    "meteor_data": ("captioning",),
 }
 LEAST = 300  # steps: a small corpus gets more epochs
 
@@ -319,8 +328,13 @@ def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokeni
 def main(cfg: TuneConfig, given: set[str] = frozenset()) -> dict:
     """Fine-tune, test the best epoch; return the summary, the last line of log.jsonl.
 
-    Raises: ValueError when there are fewer items than ranks x micro-batches.
+    Raises: ValueError for a setting of another task, or fewer items than ranks x micro-batches.
     """
+    for name in given & TASKS_OF.keys():
+        if cfg.task not in TASKS_OF[name]:
+            tasks = " and ".join(TASKS_OF[name])
+            raise ValueError(f"--{name.replace('_', '-')} is for {tasks}, not for {cfg.task}: "
+                             "leave it out")  # fmt: skip
     with start_ranks() as ranks:
         cfg = agreed(cfg, given, ranks, TOY[cfg.task] | {"dropout": 0.0}, PAPER[cfg.task])
         return fine_tune(cfg, given, ranks)
@@ -338,6 +352,12 @@ def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
         chosen = np.random.default_rng(cfg.seed).permutation(len(task.train))[: cfg.limit]
         ranks.say(f"{cfg.limit} of {len(task.train)} items to train on, as --limit asks")
         task.train = [task.train[i] for i in sorted(chosen)]
+    if not task.train:
+        folder = Path(cfg.data) / task.dataset
+        raise DataError(f"{folder}: nothing to train {task.name} on: {why_none(task, True)}")
+    if cfg.join_captions > 1 and all(len(group) == 1 for group in task.train):
+        raise ValueError(f"--join-captions {cfg.join_captions}: a training clip of {task.dataset} "
+                         "has one sentence here: leave the flag out")  # fmt: skip
     if len(task.train) < ranks.world * cfg.accumulate:
         raise ValueError(
             f"{len(task.train)} items to train on, wanted at least one for each of {ranks.world} "
@@ -347,11 +367,14 @@ def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
 
 
 def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
-    """Do what `main` says, as one of the ranks."""
+    """Do what `main` says, as one of the ranks; DataError where there is no DATA."""
     begin(cfg, ranks)
+    if not Path(cfg.data).is_dir():
+        raise DataError(f"{cfg.data}: no such folder")
     if not (cfg.resume or cfg.init or cfg.bert):
         cfg.init = str(ranks.first(lambda: pre_trained(cfg)))
         ranks.say(f"from the weights of {cfg.init}")
+    options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
     task = ranks.every(lambda: open_items(cfg, ranks))
     model, tokenizer = ranks.every(lambda: start_model(cfg, task, ranks.say))
     parts = ranks.world * cfg.accumulate
@@ -363,7 +386,6 @@ def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
     out = run_directory(cfg, ranks)
     cfg.out = str(out)
     model.to(ranks.device)
-    options = Options(tokenizer=cfg.tokenizer, meteor_data=cfg.meteor_data, stride=cfg.stride)
     best = Best(task, model, tokenizer, ranks, out, options, epoch=epoch, last=cfg.steps)
     ranks.say(f"run directory {out}, {cfg.steps} steps of {cfg.batch} items, {epoch} an epoch")
 
@@ -414,17 +436,23 @@ def finish(cfg: TuneConfig, ranks: Ranks, best: Best, reached: Progress) -> dict
 
 
 def pre_trained(cfg: TuneConfig) -> Path:
-    """Find the run to start from where none is named: the newest finished one named after it.
+    """Find the run to start from where none is named: the newest finished one of train.py on DATA.
 
+    One that train.py named after DATA (runs/toy) goes before others (runs/trial).
     Raises: ValueError when there is none, with what to do.
     """
-    try:
-        return newest_run(LoopConfig(data=cfg.data), finished=True)
-    except ValueError:
-        advice = (
-            "torchrun train.py makes one" if is_toy(cfg.data) else "pass --init RUN or --bert DIR"
-        )
-        raise ValueError(f"no run under runs/ pre-trained on {cfg.data}: {advice}") from None
+    data, found = Path(cfg.data).resolve(), []
+    for log in Path("runs").glob("*/log.jsonl"):
+        last = (read_log(log) or [{}])[-1]
+        settings = last.get("settings", {})
+        if last.get("final") and "task" not in settings and "data" in settings:
+            if Path(settings["data"]).resolve() == data:
+                found.append((named_after(LoopConfig(data=cfg.data), log.parent), log))
+    if not found:
+        how = "torchrun train.py" if cfg.data == "toy" else f"torchrun train.py --data {cfg.data}"
+        advice = f"{how} makes one, or pass --init RUN or --bert DIR"
+        raise ValueError(f"no run under runs/ pre-trained on {cfg.data}: {advice}")
+    return max(found, key=lambda x: (x[0], x[1].stat().st_mtime))[1].parent
 
 
 def cli() -> int:

@@ -313,6 +313,19 @@ def hold_pages() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+def can_write(path: str | Path | None, flag: str) -> None:
+    """Refuse a file that could not be written after the work: ValueError naming its flag, now."""
+    if path is None:
+        return
+    path, folder = Path(path), Path(path).parent
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder, wanted a file")
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {folder}: make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written: choose another place")
+
+
 def run(main: Callable[[], object]) -> None:
     """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
     try:

@@ -216,7 +216,7 @@ class Ranks:
                 error = found
         value, error = self.share((value, error))
         if error is not None:
-            raise error
+            raise error if not self.rank else type(error)(f"on rank 0: {error}")
         return value
 
     def every(self, do: Callable):
@@ -228,7 +228,7 @@ class Ranks:
             error = found
         for rank, met in enumerate(self.all(error)):
             if met is not None:
-                raise met if rank == self.rank or not rank else type(met)(f"on rank {rank}: {met}")
+                raise met if rank == self.rank else type(met)(f"on rank {rank}: {met}")
         return value
 
     def all(self, value) -> list:

@@ -650,6 +650,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("give --weights s3d_howto100m.pth or, to try without, --random-weights 0")
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}, wanted at least 1")
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file, wanted a folder")
     import_av()
     videos = take_shard(find_videos(args.videos), args.shard)
     model = S3D().eval()

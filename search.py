@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import Clip
 from data import FeatureStore, encode, lay_out_video, open_features, pairs
+from keep import can_write
 from tasks import spans
 from vlm import VLM, load_run
 
@@ -196,6 +197,7 @@ def command(args: argparse.Namespace) -> int:
     """Rank one's own videos, or the windows of one of them, by a sentence."""
     if args.top < 1:
         raise ValueError(f"--top is {args.top}, wanted at least 1")
+    can_write(args.json, "--json")
     model, tokenizer = load_run(args.run)
     features = fitting_features(args, model)
     videos = None if args.within is None else [args.within]

@@ -136,11 +136,29 @@ def open_task(
     if isinstance(bad, Bad) and bad.messages:
         task.said.append(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     if not task.test:
-        raise DataError(f"{folder}: nothing to test {name} by: "
-                        f"{'; '.join(task.said) or 'its list is missing or empty'}")  # fmt: skip
+        raise DataError(f"{folder}: nothing to test {name} by: {why_none(task, False)}")
     sizes = f"{len(task.train)} to train on, {len(task.val)} to validate, {len(task.test)} to test"
     task.said.insert(0, f"{name} on {dataset}: {sizes}")
     return task
+
+
+LISTS = {  # where each benchmark says what is trained on and tested by
+    "msrvtt": ("MSRVTT_data.json or MSRVTT_train.csv", "MSRVTT_JSFUSION_test.csv"),
+    "youcook2": (
+        "train_list.txt (UniVL's: youcookii_train.csv)",
+        "val_list.txt (youcookii_val.csv)",
+    ),
+    "coin": ("COIN.json, subset training,", "COIN.json, subset testing,"),
+    "crosstask": ("videos.csv", "videos_val.csv"),
+}
+
+
+def why_none(task: Task, training: bool) -> str:
+    """Say why there is nothing to train on or to test by: what was left out, or an empty list."""
+    said = [x for x in task.said if "bad rows" in x or x.startswith("train") == training]
+    name = LISTS[task.dataset][not training]
+    name = "MSRVTT_QA_test.csv" if task.name == "qa" and not training else name
+    return "; ".join(said) or f"{name} is missing or lists none"
 
 
 def usable(task: Task, what: str, clips: Iterable[Clip]) -> list[Clip]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks import DataError
 from data import Corpus, Data, open_data, open_features, special_ids
 from eval import set_means, validate, zero_shot_retrieval
-from keep import Progress, Stopped, append, fingerprint, hold, read_checkpoint, read_log
+from keep import Progress, Stopped, append, can_write, fingerprint, hold, read_checkpoint
 from loop import LoopConfig, Ranks, clock, fit, launch, opt, start_ranks
 from toy import write_toy
 from vlm import VLM, Batch, LossSums, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
@@ -148,12 +148,14 @@ def is_toy(data: str) -> bool:
     return (Path(data) / "toy.json").exists() or (data == "toy" and not Path(data).exists())
 
 
-def newest_run(cfg: LoopConfig, finished: bool = False) -> Path:
+def named_after(cfg: LoopConfig, run: Path) -> bool:
+    """Tell whether a run has the name that it gets without --out: runs/toy, runs/toy-2 .."""
+    return bool(re.fullmatch(re.escape(cfg.name) + r"(-\d+)?", run.name))
+
+
+def newest_run(cfg: LoopConfig) -> Path:
     """Find the newest run of this name, which --resume without --out means; ValueError if none."""
-    named = re.compile(re.escape(cfg.name) + r"(-\d+)?")
-    runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named.fullmatch(p.parent.name)]
-    if finished:  # the last line of its log is then its summary
-        runs = [run for run in runs if any("final" in x for x in read_log(run / "log.jsonl")[-1:])]
+    runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named_after(cfg, p.parent)]
     if not runs:
         raise ValueError("--resume: no run with a trainer.pt under runs/; name one with --out")
     return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
@@ -168,6 +170,8 @@ def run_directory(cfg: LoopConfig, ranks: Ranks) -> Path:
     def choose() -> Path:
         if cfg.out:
             out = Path(cfg.out)
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"--out {out} is a file, wanted a folder")
             if (out / "lock").exists():  # who has it is a better answer than that it is not empty
                 ranks.lock = hold(out)
             if not cfg.resume and out.exists() and not is_free(out):
@@ -229,6 +233,9 @@ def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM
             model = VLM(dataclasses.replace(model.config, video_dim=E))
             model.load_state_dict(kept, strict=False)
     elif cfg.bert:
+        if Path(cfg.bert).is_file():
+            raise DataError(f"--bert {cfg.bert} is a file, wanted a folder with config.json, "
+                            "vocabulary and weights")  # fmt: skip
         tokenizer = load_tokenizer(cfg.bert)
         path = Path(cfg.bert) / "config.json"
         model = VLM(VLMConfig.from_json(path, video_dim=E))
@@ -274,6 +281,7 @@ def begin(cfg: LoopConfig, ranks: Ranks) -> None:
             f"--batch {cfg.batch} is not divisible by {ranks.world} ranks x "
             f"--accumulate {cfg.accumulate}"
         )
+    ranks.first(lambda: can_write(cfg.json, "--json"))
     if ranks.first(lambda: is_toy(cfg.data) and not Path(cfg.data).exists()):
         ranks.first(lambda: write_toy(cfg.data))
         ranks.say(f"toy world written to {cfg.data}/")

@@ -33,12 +33,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import DataError
+from benchmarks import DataError, read_json
 from bert import Bert, Layer, VLMConfig, pad, square
 from keep import run
 from weights import (
     LoadReport,
     convert,
+    first_line,
     load_bert,
     load_mmpt,
     load_tokenizer,
@@ -666,6 +667,8 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
             f"{path}: no run here (config.json is missing): train one with train.py or finetune.py"
         )
     config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
+    if "video_dim" not in read_json(path / "config.json", dict):
+        raise DataError(f"{path} holds a BERT, not a run: train.py and finetune.py have --bert")
     tensors = read_tensors(weights)
     with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold
         ours = VLM(config).state_dict()
@@ -680,7 +683,10 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
         raise DataError(f"{path}: tokenizer.json has {tokenizer.get_vocab_size()} word pieces, "
                         f"config.json {config.vocab_size}")  # fmt: skip
     model.load_state_dict(tensors)
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {first_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -713,8 +719,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "convert":
         make = lambda sizes: VLM(VLMConfig(**sizes))  # noqa: E731
         return convert(make, args.checkpoint, args.out, args.bert, args.heads)
-    if args.video < 0 or args.text < 1:
-        raise ValueError(f"--video {args.video} --text {args.text}: wanted at least 0 and 1")
+    if not (0 <= args.video <= 100 and 1 <= args.text <= 100):
+        raise ValueError(f"--video {args.video} --text {args.text}: wanted 0..100 and 1..100")
     from pictures import draw_mask  # which imports this file
 
     print("\n\n".join(draw_mask(kind, args.video, args.text) for kind in KINDS))

@@ -416,6 +416,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file is None:
         what = "found neither" if path.is_dir() else "and there is no such file or folder"
         raise DataError(f"{path}: wanted tokenizer.json or vocab.txt, {what}")
+    if file.suffix not in (".txt", ".json"):
+        raise DataError(f"{file}: wanted tokenizer.json, vocab.txt or a folder that holds one")
     text = read_text(file)
     try:
         if file.suffix == ".txt":

@@ -474,7 +474,7 @@ def test_lists_that_are_missing_are_said(small_toy, tmp_path, capsys):
     assert data.main(["check", str(world), "--headers"]) == 1
     out = capsys.readouterr().out
     assert "1 problem\n" in out and "msrvtt test: none: its list is missing or empty" in out
-    with pytest.raises(DataError, match="nothing to test retrieval by: its list is missing"):
+    with pytest.raises(DataError, match="retrieval by: MSRVTT_JSFUSION_test.csv is missing or"):
         open_task("retrieval", world, data.open_features(world), "msrvtt")
     tokenizer, features = load_tokenizer(world), data.open_features(world)
     c = VLMConfig(video_dim=64, **data.special_ids(tokenizer))
@@ -509,7 +509,11 @@ SPOILT = {
     "missing folder": (lambda d: shutil.rmtree(d), "no such folder"),
     "empty features": (
         lambda d: (shutil.rmtree(d / "features"), (d / "features").mkdir()),
-        "empty; wanted <video_id>.npy",
+        r"no <video_id>.npy and no \*.safetensors in it: empty",
+    ),
+    "features deeper": (
+        lambda d: shutil.copytree(d / "features", d / "features-2" / "features"),
+        "features-2: no <video_id>.npy .* did you mean .*features-2/features",
     ),
     "no features": (lambda d: shutil.rmtree(d / "features"), "no features/ folder"),
     "wrong width": (

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
+from benchmarks import Clip
 from data import open_captions, open_corpus, open_features, special_ids, val_clips
 from eval import (
     Options,
@@ -31,7 +33,7 @@ from eval import (
     validate,
 )
 from loop import Ranks
-from tasks import DATASETS, open_task
+from tasks import DATASETS, Item, Task, open_task
 from vlm import VLM, VLMConfig, load_tokenizer
 
 
@@ -320,3 +322,34 @@ def test_what_could_not_be_measured_is_null_and_no_training_text_is_no_error(sma
     task.train = []
     assert chance(task, tokenizer, Options())["BLEU-4"] < 1e-3
     assert constant(task, tokenizer, Options())[1]["BLEU-4"] < 1e-3
+
+
+WRITES = (
+    "qa --data x --run x --predictions",
+    "qa --data x --run x --json",
+    "search --run x --features x y --json",
+    "captions --references x --hypotheses x --json",
+)
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path):
+    """Catches answers that were computed and then had no place: x is not even looked for."""
+    for place, message in (
+        (tmp_path, "is a folder, wanted a file"),
+        (tmp_path / "no" / "f.json", "there is no folder .*no: make it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.main([*command.split(), str(place)])
+
+
+def test_segmentations_constant_is_the_commonest_label_of_training():
+    """Background in COIN; elsewhere an action may be commoner, and a better constant."""
+    clip = Clip("v", "")
+    task = Task("segmentation", "coin", None, labels=["", "7", "8"])
+    task.test = [Item(clip, truth=np.array([2, 2, 1, 0]))]
+    cases = {(0, 0, 2): ("background only", 0.25), (0, 2, 2): ("always 8", 0.5)}
+    for seconds, expected in cases.items():
+        task.train = [[Item(clip, truth=np.array(seconds))]]
+        what, row = constant(task, None, Options())
+        assert (what, row["frame accuracy"]) == expected

@@ -387,18 +387,32 @@ def test_fine_tuning_starts_from_a_run_that_was_finished(
     """A newer run that a kill cut short says that it is pre-trained, and is not."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_toy, "toy")
-    for name, lines in {"toy": None, "toy-2": 0}.items():
+    data = {"toy": "toy", "toy-2": "toy", "toy-3": "elsewhere/toy", "trial": str(tmp_path / "toy")}
+    for name in data:
         run = shutil.copytree(pre_trained, tmp_path / "runs" / name)
-        log = (run / "log.jsonl").read_text().splitlines(keepends=True)
-        (run / "log.jsonl").write_text("".join(log[:lines]))
-    (run / "trainer.pt").touch()
-    assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/toy")
+        *log, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        last["settings"]["data"] = data[name]
+        lines = [json.dumps(row) + "\n" for row in (log if name == "toy-2" else [*log, last])]
+        (run / "log.jsonl").write_text("".join(lines))
+    (tmp_path / "runs" / "toy-2" / "trainer.pt").touch()
+    assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/toy")  # named after its data
+    shutil.rmtree("runs/toy")
+    assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/trial")
+    shutil.rmtree("runs/toy-3")
     assert train.newest_run(TrainConfig()) == Path("runs/toy-2")
 
 
 BAD = {
     "retrieval": "error: no run under runs/ pre-trained on toy: torchrun train.py makes one",
-    "retrieval --data {toy}": "error: no run under runs/ pre-trained on .*toy: torchrun",
+    "retrieval --data {toy}": "error: no run under .*: torchrun train.py --data .*toy makes one",
+    "retrieval --data nowhere": "error: nowhere: no such folder",
+    "retrieval --data {toy} --stride 8": "error: --stride is for segmentation and",
+    "segmentation --data {toy} --join-captions 2": "error: --join-captions is for retrieval and",
+    "captioning --init {run} --join-captions 2": "error: .* clip of youcook2 has one sentence",
+    "captioning --data {toy} --init {run} --meteor-data nowhere": "error: nowhere: wanted meteor",
+    "qa --data {toy} --init {run} --json no/x.json": "error: --json no/x.json: there is no folder",
+    "qa --data {toy} --init {run} --out toy/coin/COIN.json": "error: .*COIN.json is a file, wanted",
+    "qa --data {toy} --bert toy/tokenizer.json": "error: --bert toy/tokenizer.json is a",
     "qa --init {run} --data {toy} --dataset youcook2": "error: --dataset youcook2: qa is",
     "qa --init {run} --data {toy} --held-out 1": r"error: --held-out is 1.0, wanted 0 or more",
     "segmentation --init {run} --data {toy} --stride 40": r"error: --stride is 40, wanted at most",
@@ -418,7 +432,7 @@ def test_bad_commands_say_what_would_do_in_one_line(
 ):
     """Value seen, value wanted; exit code 2; no traceback; nothing left behind."""
     monkeypatch.chdir(tmp_path)
-    if "{toy}" not in args:
+    if "{toy}" not in args or " toy/" in args:
         shutil.copytree(small_toy, "toy")
     words = args.format(toy=small_toy, run=pre_trained).split()
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
@@ -447,7 +461,7 @@ def test_too_few_items_are_an_error(small_toy, pre_trained, tmp_path):
     with pytest.raises(ValueError, match="1 items to train on, wanted at least one for each of 1"):
         main(config(world, pre_trained, tmp_path / "run", "qa", accumulate=2))
     path.write_text("video_id\nvideo9999\n")
-    with pytest.raises((DataError, ValueError), match="0 items to train on"):
+    with pytest.raises(DataError, match="nothing to train qa on: MSRVTT_data.json or MSRVTT_train"):
         main(config(world, pre_trained, tmp_path / "run", "qa"))
 
 
@@ -459,6 +473,6 @@ def test_a_real_bert_is_fine_tuned_on_real_data_by_two_ranks(shared, tmp_path):
     done = subprocess.run([*torchrun, REPO / "finetune.py", *args, "--steps", "12"],
                           capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "segmentation on coin, 10 items" in done.stdout and "background only" in done.stdout
+    assert "segmentation on coin, 10 items" in done.stdout and "always 11" in done.stdout
     log = rows(tmp_path / "runs" / "salads-segmentation")
     assert log[-1]["final"] and dataclasses.asdict(TuneConfig())["task"] == "retrieval"

@@ -369,7 +369,7 @@ BAD = {
     "--batch 9 --accumulate 2 --data {toy}": "error: --batch 9 is not divisible by 1 ranks x",
     "--data {toy} --bert {toy}": r"error: .*config.json: no such file",
     "--data {toy} --init {toy}": "error: .*no run here",
-    "--data {toy} --features {toy}": r"error: .*empty; wanted <video_id>.npy files",
+    "--data {toy} --features {toy}": r"error: .*no <video_id>.npy and no .* did you mean",
     "--resume": "error: --resume: no run with a trainer.pt",
     "--resume --out {toy}": "error: .*trainer.pt: no checkpoint to resume from",
     "--data {toy} --out {toy}": "error: --out .* is not empty",

@@ -394,7 +394,7 @@ def test_python_vlm_py_masks_draws_six_pictures_and_bad_sizes_exit_2_in_one_line
         vlm.run(lambda: vlm.main(["masks", "--text", "0"]))
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.out == ""
-    assert said.err == "error: --video 4 --text 0: wanted at least 0 and 1\n"
+    assert said.err == "error: --video 4 --text 0: wanted 0..100 and 1..100\n"
 
 
 def test_pictures_show_the_matrices_written_by_hand(capsys):

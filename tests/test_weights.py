@@ -463,6 +463,13 @@ def test_a_run_with_other_tensors_than_its_config_is_an_error_that_names_one(tmp
         config.write_text(json.dumps(sizes | changes))
         with pytest.raises(ValueError, match=message):
             vlm.load_run(tmp_path)
+    save_file(good, weights)
+    config.write_text(json.dumps({k: v for k, v in sizes.items() if k != "video_dim"}))
+    with pytest.raises(ValueError, match="holds a BERT, not a run: train.py and finetune.py have"):
+        vlm.load_run(tmp_path)
+    config.write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="device abacus: "):
+        vlm.load_run(tmp_path, "abacus")
 
 
 def test_a_run_with_a_missing_or_damaged_file_is_an_error_that_names_it(tmp_path):
