@@ -199,7 +199,7 @@ def test_the_papers_settings_stand_beside_others_defaults():
 # Pictures
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "docs").glob("*")))
+@pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "docs").glob("*.png")))
 def test_pictures_are_small_and_1200_pixels_wide(path):
     head = (ROOT / "docs" / path).read_bytes()
     assert len(head) < 60_000, f"docs/{path} has {len(head)} bytes"
@@ -210,6 +210,7 @@ def test_pictures_are_small_and_1200_pixels_wide(path):
 # README: files, names, tests, flags and commands are there
 
 README = (ROOT / "README.md").read_text()
+TEXTS = {"README.md": README, "small-corpus.md": (ROOT / "docs/small-corpus.md").read_text()}
 SOURCE = {name: (ROOT / name).read_text() for name in FILES}
 TESTS = "".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
 
@@ -250,7 +251,7 @@ def test_readme_names_code_and_tests_that_are_there():
             marker = re.fullmatch(r"pytest -m (\w+)", name)
             wanted = f"pytest.mark.{marker[1]}" if marker else f"def {name}("
             assert wanted in TESTS, f"{paper}: there is no {name}"
-    for name in re.findall(r"`(test_\w+)`", README):
+    for name in re.findall(r"`(test_\w+)`", "".join(TEXTS.values())):
         assert f"def {name}(" in TESTS, f"there is no {name}"
 
 
@@ -293,13 +294,13 @@ def arguments(command: str, parsers: dict) -> tuple[argparse.ArgumentParser, lis
     return parsers[words[0]], words[1:]
 
 
-@pytest.mark.parametrize("where", ["README.md", *FILES])
+@pytest.mark.parametrize("where", [*TEXTS, *FILES])
 def test_every_command_that_is_written_down_is_one_that_is_understood(where, parsers, monkeypatch):
     """Only read, not run: unknown flags, missing ones and wrong choices end with a usage error."""
-    text = README if where == "README.md" else ast.get_docstring(ast.parse(SOURCE[where])) or ""
+    text = TEXTS.get(where) or ast.get_docstring(ast.parse(SOURCE[where])) or ""
     text = text.replace("\\\n", "")
     seen = 0
-    remark = "  # " if where == "README.md" else "   +|  # "  # README's lines can be pasted
+    remark = "  # " if where in TEXTS else "   +|  # "  # README's lines can be pasted
     for command, whole in commands(text, remark):
         if found := arguments(command, parsers):
             parser, argv = found
@@ -321,7 +322,7 @@ def test_every_flag_that_readme_names_exists(parsers):
              for flag in a.option_strings}  # fmt: skip
     others = {"--no-deps", "--kills"}  # pip's, tests/kill.py's; then torchrun's
     others |= {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", "".join(TEXTS.values())))
     assert len(named) > 30 and not named - known - others, named - known - others
 
 
