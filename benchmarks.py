@@ -215,9 +215,12 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
         for row in rows:
             if names.setdefault(row["vid_key"], row["video_id"]) != row["video_id"]:
                 bad(f"{path}: vid_key {shown(row['vid_key'])} is given to two videos")
-        out["test"] = [Clip(row["video_id"], row["sentence"]) for row in rows]
+        listed = Counter(Clip(row["video_id"], row["sentence"]) for row in rows)
+        for clip in (clip for clip, n in listed.items() if n > 1):
+            bad(f"{path}: {clip.video} is listed twice with one sentence")
+        out["test"] = list(listed)
     if (path := folder / "MSRVTT_data.json").exists():
-        train = {row["video_id"] for row in read_table(training_list(folder), ["video_id"], bad)}
+        train = set(read_training(training_list(folder), {c.video for c in out["test"]}, bad))
         sentences = read_json(path, dict).get("sentences")
         if not isinstance(sentences, list):
             raise DataError(f"{path}: sentences is {shown(sentences)}, wanted a list")
@@ -231,6 +234,8 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
                 out["train"].append(Clip(video, caption))
             else:
                 out["references"].setdefault(video, []).append(caption)
+        if silent := train - {clip.video for clip in out["train"]}:
+            bad(f"{path}: {len(silent)} training videos have no sentence, first {min(silent)}")
     if (path := folder / "MSRVTT_QA_test.csv").exists():
         columns = ["vid_key", *(f"a{i}" for i in range(1, 6)), "answer"]
         for i, row in enumerate(read_table(path, columns, bad, delimiter="\t")):
@@ -243,6 +248,17 @@ def read_msrvtt(folder: Path, bad: Callable = stop) -> dict:
                 continue
             out["qa"].append((video, [row[f"a{k}"] for k in range(1, 6)], int(row["answer"])))
     return out
+
+
+def read_training(path: Path, tested: set[str], bad: Callable) -> list[str]:
+    """Read the ids to train on; `bad` hears of one that stands twice or is tested by."""
+    listed = Counter(row["video_id"] for row in read_table(path, ["video_id"], bad))
+    for video, n in listed.items():
+        if n > 1:
+            bad(f"{path}: {video} is listed twice")
+        if video in tested:
+            bad(f"{path}: {video} is also in the test list")
+    return [video for video in listed if video not in tested]
 
 
 def training_list(folder: Path) -> Path:
@@ -356,9 +372,9 @@ def read_crosstask(folder: Path, bad: Callable = stop) -> dict:
             else:
                 out["tasks"][task] = steps
                 out["primary"] += [task] * (name == "tasks_primary.txt")
-    held_back = set(_videos(folder / "videos_val.csv", out["tasks"], bad))
-    for pair in _videos(folder / "videos.csv", out["tasks"], bad):
-        out["validation" if pair in held_back else "training"].append(pair)
+    out["validation"] = _videos(folder / "videos_val.csv", out["tasks"], bad)  # whole, as it is
+    held_back, listed = set(out["validation"]), _videos(folder / "videos.csv", out["tasks"], bad)
+    out["training"] = [pair for pair in listed if pair not in held_back]
     for pair in out["training"] + out["validation"]:
         path = folder / "annotations" / f"{pair[0]}_{pair[1]}.csv"
         if len(path.name.encode()) < 256 and path.exists():

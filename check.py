@@ -23,6 +23,7 @@ from benchmarks import (
     read_crosstask,
     read_ids,
     read_msrvtt,
+    stop,
 )
 from data import Captions, FeatureStore, open_captions, open_features
 from univl import read_youcook2
@@ -127,19 +128,21 @@ def check_narration(
             bad(str(error))
     if store:
         seen = [i for i, v in enumerate(captions.ids) if v in store and counts[i]]
-        late = total = 0
+        late = total = tokens = 0
         for i in seen:
             try:
                 n = len(store.open(captions.ids[i]))
             except DataError:
                 continue  # counted where the features were read
+            a, b = captions.first_caption[i : i + 2]
+            tokens += int(captions.first_token[b] - captions.first_token[a])
             late += int(
                 (
                     captions.start[captions.first_caption[i] : captions.first_caption[i + 1]] >= n
                 ).sum()
             )
             total += n
-        rate = f"{len(captions.tokens) / total:.1f}" if total else "no features: no"
+        rate = f"{tokens / total:.1f}" if total else "no features: no"
         print(f"            {rate} tokens a second of video")
         if late:
             bad(f"captions: {late} start after the last feature row; no clip is drawn around them")
@@ -215,11 +218,13 @@ def _seconds(store, video: str) -> float:
 
 
 def pack(
-    data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float, features: str | None = None
-) -> None:
+    data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float,
+    features: str | None = None, skip_bad: bool = False,
+) -> None:  # fmt: skip
     """Copy a corpus into shards of about shard_mb MB and flat caption arrays, the rest as it is.
 
-    Raises: DataError when `out` is not empty or stands in `data`, or there are no features.
+    Raises: DataError when `out` is not empty or stands in `data`, there are no features, or, unless
+            skip_bad counts them, a caption or a video's features are bad.
     """
     if out.resolve().is_relative_to(data.resolve()):
         raise DataError(f"--out {out} is inside {data}, and would be packed too: choose another")
@@ -230,28 +235,38 @@ def pack(
     sources = {"features": Path(features)} if features else sources
     if not sources:
         raise DataError(f"{data}: no features/ folder to pack")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, folder in sources.items():
-        store, shard, size, n = FeatureStore(folder), {}, 0, 0
-        (out / name).mkdir()
-        for i, video in enumerate(sorted(store.place)):
-            x = np.array(store.open(video)[:])
-            shard[video], size = x, size + x.nbytes
-            if size >= shard_mb * 1e6 or i == len(store) - 1:
-                save_file(shard, out / name / f"shard-{n:05d}.safetensors")
-                shard, size, n = {}, 0, n + 1
-        print(f"{name}: {len(store)} videos in {n} shards")
-    raw = data / "raw_caption.json"
+    if not shard_mb > 0:
+        raise DataError(f"--shard-mb is {shard_mb}, wanted more than 0")
+    raw, bad = data / "raw_caption.json", Bad() if skip_bad else stop
     if raw.exists() and tokenizer is None and (data / "tokenizer.json").exists():
         tokenizer = load_tokenizer(data)
     flat = raw.exists() and tokenizer is not None
-    if flat:
-        captions = Captions.from_json(raw, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    if flat:  # first: a bad row is found before hours of copying
+        captions = Captions.from_json(raw, tokenizer, bad)
         captions.save(out / "captions", tokenizer)
         print(f"captions: {len(captions.start)} captions, {len(captions.tokens)} word pieces")
+        del captions
     elif raw.exists():
         print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
-    made = {*folders, *([raw, data / "captions"] if flat else [])}
+    for name, folder in sources.items():
+        store, shard, size, n, videos = FeatureStore(folder), {}, 0, 0, 0
+        (out / name).mkdir()
+        for video in [*sorted(store.place), None]:  # None: what is left
+            if shard and (video is None or size >= shard_mb * 1e6):
+                save_file(shard, out / name / f"shard-{n:05d}.safetensors")
+                shard, size, n, videos = {}, 0, n + 1, videos + len(shard)
+            if video is None:
+                break
+            try:  # in C's order, for safetensors writes memory as it lies
+                shard[video] = np.array(store.open(video)[:], order="C")
+                size += shard[video].nbytes
+            except DataError as error:
+                bad(str(error))
+        print(f"{name}: {videos} videos in {n} shards")
+    if isinstance(bad, Bad) and bad.messages:
+        print(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
+    made = {*folders, *sources.values(), *([raw, data / "captions"] if flat else [])}
     for path in sorted(set(data.iterdir()) - made):
         if path.is_dir():
             shutil.copytree(path, out / path.name)

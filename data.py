@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import zlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def deduplicate(
         elif kept:
             kept[-1] = (kept[-1][0], max(kept[-1][1], end), kept[-1][2])
         said, said_until = low, end
-    return kept, removed
+    return sorted(kept, key=lambda c: c[0]), removed  # a start that moved may pass the next one
 
 
 class Captions:
@@ -104,12 +105,13 @@ class Captions:
 
     @classmethod
     def from_json(cls, path: str | Path, tokenizer: Tokenizer, bad: Callable = stop) -> "Captions":
-        """Read raw_caption.json, take repeats away, tokenise (all of HowTo100M: see `pack`)."""
-        ids, counts, starts, ends, lengths, pieces = [], [0], [], [], [0], []
-        words = removed = 0
+        """Read raw_caption.json, take repeats away, tokenise (large corpora once: see `pack`)."""
+        ids, pieces, words, removed = [], [], 0, 0
+        counts, lengths, starts, ends = array("q", [0]), array("q", [0]), array("d"), array("d")
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
-        videos = iter(read_json(path, dict).items())
-        while chunk := list(itertools.islice(videos, 2000)):
+        found = read_json(path, dict)
+        names = iter(list(found))
+        while chunk := [(v, found.pop(v)) for v in itertools.islice(names, 2000)]:
             texts = []
             for video, entry in chunk:
                 if not is_id(video):
@@ -120,11 +122,11 @@ class Captions:
                 removed += n
                 ids.append(video)
                 counts.append(len(clean))
-                starts += [start for start, _, _ in clean]
-                ends += [end for _, end, _ in clean]
+                starts.extend(start for start, _, _ in clean)
+                ends.extend(end for _, end, _ in clean)
                 texts += [text for _, _, text in clean]
             encoded = [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
-            lengths += [len(e) for e in encoded]
+            lengths.extend(map(len, encoded))
             pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
         flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
         arrays = (np.cumsum(counts), np.array(starts), np.array(ends), np.cumsum(lengths), flat)
@@ -146,7 +148,8 @@ class Captions:
         Only the small index is read here: what it leads to is looked at when drawn (`check`).
         """
         about = read_json(folder / "about.json", dict)
-        if about.get("tokenizer") != vocabulary_digest(tokenizer):
+        older = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+        if about.get("tokenizer") not in (vocabulary_digest(tokenizer), older):
             raise DataError(
                 f"{folder}: packed with another vocabulary: "
                 "name that one with --bert, or pack again"
@@ -216,8 +219,10 @@ def good_captions(path: str | Path, video: str, entry: object, bad: Callable) ->
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """Name a vocabulary by its contents."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    """Name a vocabulary by its pieces and how text becomes words, whatever file it came from."""
+    parts = json.loads(tokenizer.to_str())
+    how = [parts["normalizer"], parts["pre_tokenizer"], sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
 
 
 def open_captions(data: str | Path, tokenizer: Tokenizer, bad: Callable = stop) -> Captions:
@@ -416,8 +421,9 @@ class Corpus:
         # sizes of each clip's video, (B,) each
         ids = [self.ids[video] for _, video, _ in groups]
         times = [len(clips) for _, _, clips in groups]
-        opened = [self.features.open(video) for video in ids]
-        seconds = np.repeat([len(x) for x in opened], times)
+        opened = [self.features.open(video) for video in ids[:256]]  # each keeps a file open
+        long = [*map(len, opened), *(len(self.features.open(video)) for video in ids[256:])]
+        seconds = np.repeat(long, times)
         v = np.repeat([cap.index[video] for video in ids], times)
         lo, hi = self.grow(v, seconds, u[:, : 2 + growth])
         cap.check(lo, hi, c.vocab_size)
@@ -431,7 +437,8 @@ class Corpus:
         rows, at = [], np.cumsum([0, *times])
         for i, video in enumerate(ids):
             mine = slice(at[i], at[i + 1])
-            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine]), opened[i]))
+            x = opened[i] if i < len(opened) else None
+            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine]), x))
         text = cap.tokens[ranges(first, n_text)]
         batch = lay_out(rows, n_video, text, n_text, c)
         return hide(batch, torch.from_numpy(u[:, 2 + growth :]), c, self.mmm)
@@ -577,11 +584,13 @@ def open_data(
 
 
 def val_clips(val: Corpus, tokenizer: Tokenizer, most: int = 1000) -> list[Clip]:
-    """Take the middle caption of each validation video as a query for its seconds."""
+    """Take the middle caption of each validation video, of those that begin inside its features, as
+    a query for its seconds."""
     clips, cap = [], val.captions
     for video in val.ids[:most]:
         i = cap.index[video]
-        k = (cap.first_caption[i] + cap.first_caption[i + 1]) // 2
+        first, seconds = cap.first_caption[i], np.array([len(val.features.open(video))])
+        k = (first + max(first + 1, val._begun(np.array([i]), seconds)[0])) // 2
         cap.check(np.array([k]), np.array([k + 1]), tokenizer.get_vocab_size())
         text = tokenizer.decode(cap.tokens[cap.first_token[k] : cap.first_token[k + 1]].tolist())
         clips.append(Clip(video, text, float(cap.start[k]), float(cap.end[k])))
@@ -623,6 +632,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             how = "size of a shard in MB (default: 1000)"
             add("--shard-mb", type=float, default=1000, metavar="X", help=how)
+            how = "leave bad captions and features out, counted, instead of stopping"
+            add("--skip-bad", action="store_true", help=how)
     args = parser.parse_args(argv)
     from check import check, pack  # they read what this file defines
 
@@ -632,7 +643,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     tokenizer = load_tokenizer(args.bert) if args.bert else None
     if args.command == "pack":
-        pack(args.data, args.out, tokenizer, args.shard_mb, args.features)
+        pack(args.data, args.out, tokenizer, args.shard_mb, args.features, args.skip_bad)
         return 0
     return 1 if check(args.data, args.features, tokenizer, not args.headers) else 0
 

@@ -388,6 +388,17 @@ def chance(task: Task, tokenizer: Tokenizer, options: Options) -> dict[str, floa
     return score_captions(items, texts, tokenizer, options)
 
 
+def commonest(task: Task) -> int:
+    """Find the commonest label of segmentation's training seconds, each counted once; else 0."""
+    seen, seconds = {}, np.zeros(max(1, len(task.labels)), dtype=int)
+    for item in (item for group in task.train for item in group):
+        fresh = item.truth[max(0, seen.get(item.clip.video, 0) - int(item.clip.start)) :]
+        seen[item.clip.video] = int(item.clip.end)  # windows overlap, in order
+        # labels that the model does not know, K, are none that it could say
+        seconds += np.bincount(fresh, minlength=len(seconds))[: len(seconds)]
+    return int(seconds.argmax())
+
+
 def constant(task: Task, tokenizer: Tokenizer, options: Options) -> tuple[str, dict[str, float]]:
     """Return a predictor that does not look at the video: (what it does, its score)."""
     items = task.test
@@ -398,8 +409,7 @@ def constant(task: Task, tokenizer: Tokenizer, options: Options) -> tuple[str, d
         return f"always answer {right[0]}", {"accuracy": right[1] / len(items)}
     if task.name == "segmentation":
         truths = [item.truth for item in items]
-        shown = [item.truth for group in task.train for item in group] or [np.zeros(1, int)]
-        k = np.bincount(np.concatenate(shown)).argmax()  # the commonest training second's label
+        k = commonest(task)
         what = f"always {task.labels[k]}" if k else "background only"
         return what, segmentation([np.full_like(t, k) for t in truths], truths)
     if task.name == "localization":  # steps spread evenly over the video, in order
@@ -541,7 +551,7 @@ def validate(
     corpus = dataclasses.replace(corpus, seed=0, mmm=mmm)
     device = model.video_mean.device
     scales = (0, 0.01, 0.03, 0.1, 0.3, 1.0)
-    sums = torch.zeros(4 + len(scales), dtype=torch.float64, device=device)
+    sums = torch.zeros(6 + len(scales), dtype=torch.float64, device=device)
     words = torch.zeros(model.config.vocab_size, dtype=torch.float64, device=device)
     for step in range(batches):
         b = ranks.every(lambda n=step: corpus.step(n, batch, ranks.rank, ranks.world)).to(device)
@@ -552,15 +562,17 @@ def validate(
         # a small batch may show no second at all: nothing is then the mean, not 0 / 0
         mean = (pool.sum(0) / max(1, len(pool))).expand(int(hidden.sum()), -1)
         row = [part.video_sum, part.video_count, part.text_sum, part.text_count]
+        row += [part.video_count * part.video_chance, part.text_count * part.text_chance]
         row += [nce(scale * mean, [pool], own[hidden]).sum() for scale in scales]
         sums += torch.stack([x.double() for x in row])
     model.train(was_training)
     ranks.sum(sums)
-    whole = LossSums(*sums[:4], part.video_chance, part.text_chance, part.joint)
+    chances = (sums[4:6] / sums[[1, 3]].clamp(min=1)).tolist()  # V' differs from batch to batch
+    whole = LossSums(*sums[:4], *chances, part.joint)
     share = ranks.sum(words) / words.sum().clamp(min=1)
     text_sum = -torch.special.xlogy(share, share).sum() * whole.text_count
-    constant = dataclasses.replace(whole, video_sum=sums[4:].min(), text_sum=text_sum)
-    chance = {"video": part.video_chance, "text": part.text_chance, "loss": whole.chance()}
+    constant = dataclasses.replace(whole, video_sum=sums[6:].min(), text_sum=text_sum)
+    chance = {"video": chances[0], "text": chances[1], "loss": whole.chance()}
     return {"model": whole.means(), "constant": constant.means(), "chance": chance}
 
 

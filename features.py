@@ -15,6 +15,7 @@ import mmap
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -79,13 +80,17 @@ class FeatureStore:
         return self.shards[i]
 
     def _peek(self) -> int:
-        errors = []
-        for video in itertools.islice(self.place, 100):  # a damaged file is named when it is read
+        widths, errors = Counter(), []
+        for video in itertools.islice(self.place, 100):
             try:
-                return self.open(video).shape[1]
-            except DataError as error:
+                widths[self.open(video).shape[1]] += 1
+            except DataError as error:  # named when it is read
                 errors.append(error)
-        raise errors[0]
+        if not widths and not errors:
+            raise DataError(f"{', '.join(map(str, self.files))}: no video in it")
+        if not widths:
+            raise errors[0]
+        return widths.most_common(1)[0][0]  # one odd file is not to make all others odd
 
     def __contains__(self, video: str) -> bool:
         return video in self.place

@@ -406,17 +406,23 @@ def picture(frame, reformatter) -> np.ndarray:
     return rgb[top : top + SIZE, left : left + SIZE]
 
 
-def stated_seconds(container, stream) -> float:
-    """Read how long the file says its pictures last; 0 where it does not say."""
+def stated_seconds(container, stream, origin: Fraction | None) -> float:
+    """Read how long the file says its pictures last, from second 0 at `origin` on; 0 if it does not
+    say. Where Matroska's clock does not begin at 0, it says when they end."""
     if container.format.name == "avi" and stream.average_rate:
         return float(stream.frames / stream.average_rate)  # its duration is guessed from its size
     if stream.duration:
         return float(stream.duration * stream.time_base)
+    begin = origin if origin is not None else (stream.start_time or 0) * stream.time_base
     clock = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.345
     if len(clock) == 3:
-        return sum(float(x) * s for x, s in zip(clock, (3600, 60, 1), strict=True))
+        end = sum(float(x) * s for x, s in zip(clock, (3600, 60, 1), strict=True))
+        return end - float(begin)
     alone = len(container.streams) == 1  # else it may be the sound that lasts so long
-    return container.duration / 1e6 if alone and container.duration else 0.0
+    if not alone or not container.duration:
+        return 0.0
+    end = container.duration / 1e6
+    return end - float(begin) if "matroska" in container.format.name else end
 
 
 def choose_stream(container, cover: int) -> tuple:
@@ -448,7 +454,7 @@ def seconds(path: str | Path) -> Iterator[np.ndarray]:
         with av.open(os.path.abspath(path), options=options, metadata_errors="ignore") as container:
             stream, origin = choose_stream(container, cover)
             stream.thread_type = "AUTO"
-            stated = stated_seconds(container, stream)
+            stated = stated_seconds(container, stream, origin)
             frames = timed(container.decode(stream), stream.average_rate)
             frames = at_30_fps(frames, origin)
             while group := list(islice(frames, FPS)):
@@ -513,7 +519,10 @@ def find_videos(paths: list[str]) -> dict[str, Path]:
     for path in map(Path, paths):
         if path.is_dir():
             walk = os.walk(path, onerror=stop)
-            inside = [Path(top, name) for top, _, names in walk for name in names if name[0] != "."]
+            inside = []
+            for top, folders, names in walk:
+                folders[:] = [name for name in folders if name[0] != "."]  # walked no further
+                inside += [Path(top, name) for name in names if name[0] != "."]
             files += sorted(p for p in inside if p.suffix.lower() in SUFFIXES)
         elif path.exists():
             files.append(path)
@@ -522,6 +531,8 @@ def find_videos(paths: list[str]) -> dict[str, Path]:
     videos = {}
     for path in files:
         odd = path.stem.startswith(".") or "\\" in path.stem or path.stem != path.stem.strip()
+        if (n := len(os.fsencode(path.stem))) > 250:
+            raise ValueError(f"{path}: a name of {n} bytes, wanted at most 250: rename the file")
         if odd or not path.stem.isprintable():
             raise ValueError(f"{str(path)!r}: {path.stem!r} cannot be a video id: rename the file")
         twin = videos.setdefault(path.stem, path)
@@ -549,7 +560,7 @@ def take_shard(videos: dict[str, Path], shard: str) -> dict[str, Path]:
 
 def write_aside(path: Path, write: Callable) -> None:
     """Write a file under a name nobody else has, and move it in when it is whole."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
     try:
         with open(handle, "wb") as f:
             write(f)

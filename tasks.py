@@ -348,18 +348,23 @@ def _localization(
             task.said.append(f"{split} videos: {n} of {len(primary)} have no annotated step")
         videos = usable(task, f"{split} videos", (Clip(v, t, key=t) for t, v in annotated))
         out: dict[str, list[Item]] = {}
-        late = 0
+        late = short = unseen = 0
         for clip in videos:
             texts, n = tuple(found["tasks"][clip.key]), len(task.features.open(clip.video))
             truth = np.zeros((n, len(texts)), dtype=bool)
             for step, start, end in found["steps"][clip.key, clip.video]:
                 truth[seconds_of(start, end, n), step] = True
                 late += start >= n
+                short += start == end < n
+            unseen += not truth.any()
             if truth.any():
                 item = Item(replace(clip, end=float(n)), texts, truth=truth)
                 out.setdefault(clip.key, []).append(item)
-        if late:
-            task.said.append(f"{split} videos: {late} steps begin after the last feature row")
+        for many, what in ((late, "steps begin after the last feature row"),
+                           (short, "steps end when they begin and show no second"),
+                           (unseen, "left out, for none of their steps is seen")):  # fmt: skip
+            if many:
+                task.said.append(f"{split} videos: {many} {what}")
         return out
 
     train, test = open_videos("training"), open_videos("validation")

@@ -45,18 +45,21 @@ def read_youcook2(folder: Path, bad: Callable = stop) -> dict[str, list[Clip]]:
     found = unpickle(path, AnnotationUnpickler)
     if not isinstance(found, dict) or not all(isinstance(x, dict) for x in found.values()):
         raise DataError(f"{path}: wanted {{video_id: {{'start', 'end', 'text': arrays}}}}")
-    out = {}
+    out, seen = {}, set()
     for split, name in (("training", "youcookii_train.csv"), ("validation", "youcookii_val.csv")):
         out[split] = []
         for row in read_table(folder / name, ["video_id", "feature_file"], bad):
             video = row["video_id"]
-            if video not in found:
+            if video in seen:
+                bad(f"{folder / name}: {video} is listed twice, here or in youcookii_train.csv")
+            elif video not in found:
                 bad(f"{folder / name}: {video} is not in {path.name}")
             elif row["feature_file"] != video:
                 bad(f"{folder / name}: {video}: feature_file is {row['feature_file']}, wanted the "
                     "video_id, by which features are found")  # fmt: skip
             else:
                 out[split] += read_video(path, video, found[video], bad)
+            seen.add(video)
     return out
 
 

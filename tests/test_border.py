@@ -174,6 +174,36 @@ def test_a_segments_id_given_twice_is_said(world):
     refused(world, "youcook2", "segment 1: id 1 is given twice")
 
 
+def test_a_video_trained_on_and_tested_by_is_said(world):
+    """And ids that stand twice, have no sentence, or would have been left out without a word."""
+    lines = (world / "msrvtt" / "MSRVTT_JSFUSION_test.csv").read_text().splitlines()
+    video = lines[1].split(",")[lines[0].split(",").index("video_id")]
+    for file, line, message in (
+        ("msrvtt/MSRVTT_train.csv", video, f"{video} is also in the test list"),
+        ("msrvtt/MSRVTT_train.csv", "video0", "video0 is listed twice"),
+        ("msrvtt/MSRVTT_train.csv", "video999", "1 training videos have no sentence, first video9"),
+        ("msrvtt/MSRVTT_JSFUSION_test.csv", lines[1], f"{video} is listed twice with one sentence"),
+    ):
+        path = world / file
+        whole = path.read_text()
+        path.write_text(f"{whole.rstrip()}\n{line}\n")
+        refused(world, file, message)
+        assert all(c.video != video for c in read_msrvtt(world / "msrvtt", Bad())["train"])
+        path.write_text(whole)
+
+
+def test_crosstask_is_tested_on_all_of_videos_val_csv(world):
+    """Also on pairs that videos.csv does not list: its rows were lost without a word."""
+    folder = world / "crosstask"
+    whole = read_crosstask(folder)
+    lines = (folder / "videos.csv").read_text().splitlines()
+    val = {line for line in (folder / "videos_val.csv").read_text().splitlines()}
+    (folder / "videos.csv").write_text("\n".join(x for x in lines if x not in val) + "\n")
+    found = read_crosstask(folder)
+    assert found["validation"] == whole["validation"] and found["training"] == whole["training"]
+    assert all(pair in found["steps"] for pair in found["validation"])
+
+
 def test_a_key_given_twice_is_said(world):
     """json keeps the last of two entries: the captions of the first were lost without a word."""
     put(world / "raw_caption.json", '"how_train_0001"', '"how_train_0000"')

@@ -1,9 +1,11 @@
 """The data side: stores, de-duplication, clips, masking, the benchmarks' files, bad input."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -74,6 +76,12 @@ def same(a, b) -> bool:
             [(0, 2, "heat the pan the pan"), (2, 4, "now")],
             4,
         ),
+        # a start that moves may pass the next one: still by start
+        (
+            [(0, 30, "cut the onion"), (1, 25, "the onion and stir"), (2, 3, "now salt")],
+            [(0, 30, "cut the onion"), (2, 3, "now salt"), (25, 25, "and stir")],
+            2,
+        ),
         ([], [], 0),
     ],
 )
@@ -135,6 +143,77 @@ def test_a_packed_folder_is_packed_again_where_its_captions_are_kept(small_toy, 
     once, twice = (data.open_captions(folder, tokenizer) for folder in where)
     assert once.ids == twice.ids and np.array_equal(once.tokens, twice.tokens)
     assert (tmp_path / "twice" / "msrvtt").is_dir() and (tmp_path / "twice" / "train.lst").exists()
+
+
+def test_pack_keeps_columns_that_lie_one_after_the_other_and_leaves_out_what_is_bad(
+    small_toy, tmp_path
+):
+    """Catches `np.save(x.T)` written as it lies in memory: every number in another place."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    path = world / "features" / "how_train_0000.npy"
+    x = np.load(path)
+    np.save(path, np.asfortranarray(x))
+    data.main(["pack", str(world), "--out", str(tmp_path / "a"), "--shard-mb", "0.01"])
+    store = FeatureStore(tmp_path / "a" / "features")
+    assert np.array_equal(store.rows("how_train_0000", np.arange(len(x))), x.astype(np.float32))
+    path.write_bytes(b"no array")
+    spoil_narration(world, lambda captions: first(captions)["end"].__setitem__(1, -1.0))
+    args = ["pack", str(world), "--out", str(tmp_path / "b")]
+    with pytest.raises(DataError, match="how_train_0000, caption 1"):
+        data.main(args)
+    assert not list((tmp_path / "b").rglob("*.safetensors"))  # captions first, before the copying
+    shutil.rmtree(tmp_path / "b")
+    data.main([*args, "--skip-bad"])
+    kept = FeatureStore(tmp_path / "b" / "features")
+    assert len(kept) == len(store) - 1 and "how_train_0000" not in kept
+    for size in ("nan", "-3", "0"):
+        with pytest.raises(DataError, match="--shard-mb is"):
+            data.main(["pack", str(world), "--out", str(tmp_path / "c"), "--shard-mb", size])
+    elsewhere = world / "s3d"
+    elsewhere.mkdir()
+    np.save(elsewhere / "v.npy", x)
+    data.main([*args[:3], str(tmp_path / "d"), "--features", str(elsewhere), "--skip-bad"])
+    assert [*FeatureStore(tmp_path / "d" / "features").place] == ["v"]
+    assert not (tmp_path / "d" / "s3d").exists()  # not a second time
+
+
+def test_a_vocabulary_is_known_by_its_pieces_not_by_its_file(small_toy, tmp_path):
+    """vocab.txt and a tokenizer.json of the same pieces read the same pack."""
+    tokenizer = load_tokenizer(small_toy)
+    pieces = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    again = load_tokenizer(tmp_path / "vocab.txt")
+    assert again.to_str() != tokenizer.to_str()
+    captions = Captions.from_json(small_toy / "raw_caption.json", tokenizer)
+    captions.save(tmp_path / "captions", tokenizer)
+    assert len(Captions.open(tmp_path / "captions", again).tokens) == len(captions.tokens)
+    about = json.loads((tmp_path / "captions" / "about.json").read_text())
+    about["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    (tmp_path / "captions" / "about.json").write_text(json.dumps(about))
+    Captions.open(tmp_path / "captions", tokenizer)  # as older packs name it
+
+
+def test_a_batch_of_more_videos_than_files_may_be_open_is_drawn(small_toy, tmp_path):
+    """Each memory-mapped file holds a descriptor; a thousand of them are the common limit."""
+    x = np.ones((9, 4), np.float16)
+    (tmp_path / "features").mkdir()
+    names = [f"v{i}" for i in range(400)]
+    for name in names:
+        np.save(tmp_path / "features" / f"{name}.npy", x)
+    said = {v: {"start": [0.0], "end": [9.0], "text": ["slice the onion"]} for v in names}
+    (tmp_path / "raw_caption.json").write_text(json.dumps(said))
+    (tmp_path / "train.lst").write_text("\n".join(names))
+    tokenizer = load_tokenizer(small_toy)
+    c = VLMConfig(video_dim=4, **data.special_ids(tokenizer))
+    captions = data.open_captions(tmp_path, tokenizer)
+    features = data.open_features(tmp_path)
+    corpus, _ = data.open_corpus(tmp_path, features, captions, "train", c, clips_per_video=1)
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (320, most))
+    try:
+        assert corpus.step(0, 400).video.shape == (400, 9, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 @pytest.mark.parametrize("out", ["packed", "features/packed", ".", "../link/packed"])
@@ -485,12 +564,24 @@ def test_lists_that_are_missing_are_said(small_toy, tmp_path, capsys):
     assert not opened.test and "no val.lst: no held-out loss" in said
 
 
+def test_check_counts_word_pieces_of_videos_that_have_features(small_toy, tmp_path, capsys):
+    """Catches all texts over some videos' seconds."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    data.main(["check", str(world), "--headers"])
+    rate = re.search(r"([0-9.]+) tokens a second", capsys.readouterr().out)[1]
+    for path in [*(world / "features").glob("how_train_*")][1:]:
+        path.unlink()
+    data.main(["check", str(world), "--headers"])
+    some = re.search(r"([0-9.]+) tokens a second", capsys.readouterr().out)[1]
+    assert abs(float(some) - float(rate)) < 1
+
+
 def test_check_opens_a_video_once_for_all_its_segments(small_toy, monkeypatch):
     """A real COIN has 46,354 of them; a damaged video is one problem, not one a segment."""
     opened, plain = [], FeatureStore.open
     monkeypatch.setattr(FeatureStore, "open", lambda s, v: opened.append(v) or plain(s, v))
     data.main(["check", str(small_toy), "--headers"])
-    assert opened.count("cook_training_001") == 3  # its features, and once a benchmark
+    assert opened.count("cook_training_001") == 4  # for the width, itself, and once a benchmark
 
 
 def spoil_narration(path, change):

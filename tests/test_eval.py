@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from eval import (
     validate,
 )
 from loop import Ranks
-from tasks import DATASETS, Item, Task, open_task
+from tasks import DATASETS, Item, Task, open_task, windows
 from vlm import VLM, VLMConfig, load_tokenizer
 
 
@@ -92,6 +93,20 @@ def test_chance_is_what_random_orders_score():
     assert abs(np.median(rank, axis=1).mean() - chance["median rank"]) < 1
 
 
+def test_queries_of_held_out_videos_begin_inside_their_features(small_toy, tmp_path):
+    """Catches a question about seconds that are not there, which nobody can answer."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    path = world / "features" / "how_val_0000.npy"
+    np.save(path, np.load(path)[:20])
+    features, tokenizer = open_features(world), load_tokenizer(world)
+    c = VLMConfig(max_position_embeddings=96, **special_ids(tokenizer))
+    captions = open_captions(world, tokenizer)
+    corpus, _ = open_corpus(world, features, captions, "val", c)
+    clips = val_clips(corpus, tokenizer)
+    assert clips[0].video == "how_val_0000" and clips[0].start < 20
+    assert all(clip.start < len(features.open(clip.video)) for clip in clips)
+
+
 def test_clips_are_embedded_alike_in_batches_of_any_size(small):
     """Catches padding or order that reaches an embedding."""
     model, tokenizer, corpus = small
@@ -145,6 +160,13 @@ def test_constant_predictors_are_the_best_that_look_at_nothing(small):
     row = table["model"]
     both = (row["video"] * n_video + row["text"] * n_text) / (n_video + n_text)
     assert math.isclose(row["loss"], both, rel_tol=1e-5)
+    W = model.config.vocab_size  # chance: each batch's own candidates, V' and D, counted by hand
+    texts = [int(b.text_hidden.sum()) for b in batches]
+    chance = {"video": sum(n * math.log(pool + W + 1) for n, pool in counts) / n_video}
+    pools = [pool for _, pool in counts]
+    chance["text"] = sum(n * math.log(p + W) for n, p in zip(texts, pools, strict=True)) / n_text
+    chance["loss"] = (chance["video"] * n_video + chance["text"] * n_text) / (n_video + n_text)
+    assert table["chance"] == pytest.approx(chance, rel=1e-6)
 
 
 # ---- segmentation and localization
@@ -348,8 +370,11 @@ def test_segmentations_constant_is_the_commonest_label_of_training():
     clip = Clip("v", "")
     task = Task("segmentation", "coin", None, labels=["", "7", "8"])
     task.test = [Item(clip, truth=np.array([2, 2, 1, 0]))]
-    cases = {(0, 0, 2): ("background only", 0.25), (0, 2, 2): ("always 8", 0.5)}
+    cases = {(0, 0, 2): ("background only", 0.25), (0, 2, 2): ("always 8", 0.5),
+             (3, 3, 3, 1): ("always 7", 0.25),  # 3: a label that the model does not know
+             (1,) * 20 + (2,) * 38 + (1,) * 22: ("always 7", 0.25)}  # fmt: skip
     for seconds, expected in cases.items():
-        task.train = [[Item(clip, truth=np.array(seconds))]]
+        whole = Item(Clip("v", "", 0.0, float(len(seconds))), truth=np.array(seconds))
+        task.train = [[window] for window in windows(whole, 16)]  # overlapping: each second once
         what, row = constant(task, None, Options())
         assert (what, row["frame accuracy"]) == expected

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import data
 from benchmarks import DataError
@@ -164,6 +165,23 @@ def test_a_cut_npy_file_is_a_clear_error(tmp_path):
         (tmp_path / "x.npy").write_bytes(whole[:n])
         with pytest.raises(DataError, match="x.npy: not a whole .npy array"):
             FeatureStore(tmp_path)
+
+
+def test_one_file_of_another_width_does_not_make_the_others_odd(tmp_path):
+    """The width is what most have, not what the first by name has."""
+    np.save(tmp_path / "a.npy", np.ones((512, 9), np.float16))
+    for name in "bcd":
+        np.save(tmp_path / f"{name}.npy", np.ones((9, 512), np.float16))
+    store = FeatureStore(tmp_path)
+    assert store.width == 512
+    with pytest.raises(DataError, match=r"a has features \(512, 9\), wanted \(seconds, 512\)"):
+        store.open("a")
+
+
+def test_a_shard_of_no_video_is_a_clear_error(tmp_path):
+    save_file({}, tmp_path / "shard-0.safetensors")
+    with pytest.raises(DataError, match="shard-0.safetensors: no video in it"):
+        FeatureStore(tmp_path)
 
 
 def test_reading_never_changes_the_file_and_only_seconds_asked_for_must_be_finite(tmp_path):

@@ -150,6 +150,20 @@ def test_sound_that_starts_earlier_keeps_its_place(av, tmp_path):
     assert shown(write_video(tmp_path / "near.mkv", map(flat, range(12)), near, tone=1.5))[3] == 1
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
+def test_a_clock_that_does_not_begin_at_0_makes_no_video_cut_short(av, tmp_path, suffix):
+    """Matroska says when pictures end, others how long they last; a recording begins anywhere."""
+    times = [10_000 + round(1000 * i / 30) for i in range(60)]
+    codec = {} if suffix == "mkv" else dict(codec="libx264", pixels="yuv420p")
+    path = write_video(tmp_path / f"t.{suffix}", map(flat, range(60)), times, **codec)
+    assert len(shown(path)) == 60
+    with open(path, "r+b") as f:  # and what is cut short is still said
+        f.truncate(path.stat().st_size * 2 // 5) if suffix == "mkv" else None
+    if suffix == "mkv":
+        with pytest.raises(VideoError, match="cut short"):
+            shown(path)
+
+
 @pytest.mark.parametrize("W, H", [(64, 48), (48, 64), (37, 301), (225, 223), (5, 3), (1, 1)])
 def test_the_centre_is_cut_out_of_any_shape(av, tmp_path, W, H):
     """Catches a squeezed picture, a crop at the edge, width and height swapped, odd sizes."""
@@ -263,6 +277,9 @@ def test_files_that_cannot_be_used_say_why(av, tmp_path, monkeypatch):
     [
         ("mov,mp4", 2, 9_000_000, 75, {"duration": 250}, 2.5),
         ("matroska,webm", 2, 9_000_000, 0, {"metadata": {"DURATION": "01:02:03.5"}}, 3723.5),
+        ("matroska,webm", 2, 0, 0, {"metadata": {"DURATION": "00:00:12.0"}, "start_time": 1000}, 2),
+        ("matroska,webm", 1, 12_000_000, 0, {"start_time": 1000}, 2),  # an end, not a length
+        ("flv", 1, 9_000_000, 0, {"start_time": 1000}, 9),
         ("flv", 1, 9_000_000, 0, {}, 9),
         ("flv", 2, 9_000_000, 0, {}, 0),  # the sound may be what lasts nine seconds
         ("avi", 1, 9_000_000, 75, {"duration": 250}, 3),  # by its frames at 25 a second
@@ -274,9 +291,9 @@ def test_what_a_file_says_of_its_length(name, streams, file_us, frames, stream, 
     container = SimpleNamespace(
         format=SimpleNamespace(name=name), streams=[None] * streams, duration=file_us
     )
-    settings = {"duration": None, "metadata": {}, "frames": frames} | stream
+    settings = {"duration": None, "metadata": {}, "frames": frames, "start_time": None} | stream
     stream = SimpleNamespace(time_base=Fraction(1, 100), average_rate=Fraction(25), **settings)
-    assert s3d.stated_seconds(container, stream) == seconds
+    assert s3d.stated_seconds(container, stream, None) == seconds
 
 
 def test_damaged_files_are_a_video_error_or_a_video(av, tmp_path, monkeypatch):
@@ -450,7 +467,14 @@ def test_videos_that_would_overwrite_each_other_are_refused(av, clips, tmp_path)
     with pytest.raises(ValueError, match=r"a.mkv and .*a.mp4 would both be a.npy"):
         go(clips, *out)
     (clips / "more" / "a.mp4").unlink()
+    (clips / ".Trash").mkdir()
+    (clips / ".Trash" / "a.mp4").touch()  # hidden: neither a video nor a twin
     assert list(s3d.find_videos([clips, clips / "b.avi", clips])) == ["-c.d", "a", "b"]
+    long = clips / f"{'x' * 251}.mkv"
+    long.touch()
+    with pytest.raises(ValueError, match="a name of 251 bytes, wanted at most 250: rename"):
+        go(long, *out)
+    long.unlink()
     for name in (
         "._a.mp4",
         "..\\up.mp4",
@@ -496,6 +520,13 @@ def test_without_pyav_there_is_one_line_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match="needs PyAV: pip install av"):
         go(tmp_path, "--random-weights", 0, "--out", tmp_path / "out")
+
+
+def test_a_long_name_is_written_too(tmp_path):
+    """The name that is written first may not be longer than the last one."""
+    path = tmp_path / f"{'x' * 250}.npy"
+    s3d.write_aside(path, lambda f: f.write(b"x"))
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

@@ -57,7 +57,8 @@ def test_a_video_tested_with_two_sentences_is_captioned_once(world):
     path = world / "msrvtt" / "MSRVTT_JSFUSION_test.csv"
     header, row = path.read_text().split("\n")[:2]
     video = dict(zip(header.split(","), row.split(","), strict=True))["video_id"]
-    path.write_text(path.read_text() + ",".join(["again", row.split(",", 1)[1]]) + "\n")
+    again = ["again", *row.split(",")[1:-1], "another sentence"]
+    path.write_text(path.read_text() + ",".join(again) + "\n")
     features = open_features(world)
     once = open_task("captioning", world, features, "msrvtt").test
     assert len(open_task("retrieval", world, features, "msrvtt").test) == len(once) + 1
@@ -83,6 +84,20 @@ def test_seconds_have_the_labels_of_their_segments(small_toy):
         rows = [[float(x) for x in row] for row in csv.reader(path.open())]
         for (t, s), x in np.ndenumerate(item.truth):
             assert x == any(r[0] - 1 == s and r[1] <= t < r[2] for r in rows)
+
+
+def test_steps_and_videos_without_a_second_are_counted(world):
+    """A step that ends when it begins shows nothing; a video of such steps has nothing to find."""
+    folder = world / "crosstask"
+    task_id, video, _ = (folder / "videos_val.csv").read_text().splitlines()[0].split(",")
+    path = folder / "annotations" / f"{task_id}_{video}.csv"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(",".join([*row.split(",")[:2], row.split(",")[1]]) for row in rows))
+    task = open_task("localization", world, open_features(world))
+    said = "\n".join(task.said)
+    assert f"validation videos: {len(rows)} steps end when they begin and show no second" in said
+    assert "validation videos: 1 left out, for none of their steps is seen" in said
+    assert video not in {item.clip.video for item in task.test}
 
 
 def test_test_labels_that_training_never_shows_are_a_class_of_their_own(world):

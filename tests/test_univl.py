@@ -100,6 +100,15 @@ def test_every_segment_of_univls_videos_is_captioned_and_scored(world):
     assert 0.5 < scores["ROUGE-L"] < 1
 
 
+@pytest.mark.parametrize("name", ["youcookii_train.csv", "youcookii_val.csv"])
+def test_a_video_listed_twice_or_for_training_and_testing_is_said(world, name):
+    path = world / name
+    path.write_text(f"{path.read_text()}cook_training_000,cook_training_000\n")
+    with pytest.raises(DataError, match="cook_training_000 is listed twice, here or in y"):
+        read_youcook2(world)
+    assert len(read_youcook2(world, Bad())["training"]) == 48
+
+
 def edit(folder: Path, change) -> None:
     """Change what a pickle of annotations holds."""
     path = folder / "youcookii_data.no_transcript.pickle"
