@@ -111,7 +111,7 @@ class Captions:
         dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
         found = read_json(path, dict)
         names = iter(list(found))
-        while chunk := [(v, found.pop(v)) for v in itertools.islice(names, 2000)]:
+        while chunk := [(v, found.pop(v)) for v in itertools.islice(names, 200)]:
             texts = []
             for video, entry in chunk:
                 if not is_id(video):
