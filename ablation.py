@@ -13,6 +13,7 @@ ablation.md and, with matplotlib, ablation.png.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -33,9 +34,12 @@ from pathlib import Path
 import torch
 
 import pictures
+from benchmarks import read_json
+from keep import cores, hold
 from loop import clock
 from toy import write_toy
 from train import is_toy
+from weights import write_aside
 
 RETRIEVAL = ("R@1", "R@5", "R@10", "median rank")  # columns of Table 8
 CAPTIONING = ("BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")  # of Table 9
@@ -87,6 +91,7 @@ class Plan:
     seeds: list[int]
     settings: dict
     jobs: int = 1
+    held: object = None  # the lock of `out`: no second command may clear away what this one writes
     took: dict[str, list[float]] = field(default_factory=dict)  # seconds, by stage
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -143,16 +148,19 @@ def run_stage(plan: Plan, row: str, seed: int, stage: str) -> None:
     if summary(run) or plan.stopped:
         return
     if run.exists() and not (run / "trainer.pt").exists():
-        shutil.rmtree(run)  # cut before its first checkpoint: there is nothing to go on from
+        with hold(run) or contextlib.nullcontext():  # unless a process is still at it
+            shutil.rmtree(run)  # cut before its first checkpoint: there is nothing to go on from
     run.parent.mkdir(parents=True, exist_ok=True)
     said = run.with_suffix(".txt")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with open(said, "a") as f:
         process = subprocess.Popen(plan.command(row, seed, stage), stdin=subprocess.DEVNULL,
                                    stdout=f, stderr=f, env=os.environ | threads)  # fmt: skip
+        told = False
         while process.poll() is None:
-            if plan.stopped:
-                process.terminate()  # it finishes its step and saves
+            if plan.stopped and not told:
+                process.terminate()  # it finishes its step and saves; told again it would not
+                told = True
             time.sleep(0.2)
     if found := summary(run):
         # nothing will be resumed: three quarters of the disk come back
@@ -428,13 +436,14 @@ def check_settings(out: Path, settings: dict) -> None:
     """
     path = out / "settings.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_json(path, dict)
         if changed := [k for k in settings if settings[k] != old.get(k)]:
             k = changed[0]
             raise ValueError(f"{out} was begun with --{k} {old.get(k)!r}, not {settings[k]!r}: "
                              "choose another --out")  # fmt: skip
+        return
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    write_aside(path, lambda f: f.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -443,7 +452,7 @@ def arguments() -> argparse.ArgumentParser:
         prog="bench.py ablation", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    jobs = 1 if torch.cuda.is_available() else cores()
     add = p.add_argument_group("what is compared").add_argument
     add("--rows", default=",".join(ROWS), metavar="A,B", help=f"(default: {','.join(ROWS)})")
     add("--seeds", type=seed_list, default=seed_list("3"), metavar="N|A,B",
@@ -460,8 +469,8 @@ def arguments() -> argparse.ArgumentParser:
         help="of both tasks (default: each one's first in DATA; paper: youcook2)")  # fmt: skip
     add("--tune", default="", metavar="FLAGS", help="more flags for finetune.py, in one string")
     add = p.add_argument_group("the runs").add_argument
-    how = f"processes at a time, one thread each (default: {cores}: cores, 1 on a GPU)"
-    add("--jobs", type=int, default=cores, metavar="N", help=how)
+    how = f"processes at a time, one thread each (default: {jobs}: cores, 1 on a GPU)"
+    add("--jobs", type=int, default=jobs, metavar="N", help=how)
     add("--out", metavar="DIR", help="folder of all runs (default: runs/ablation-<data>)")
     add("--report", action="store_true", help="run nothing, write the tables of what is there")
     return p
@@ -484,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
         settings |= dict(train=args.train, tune=args.tune)
         settings |= dict(limit=dict(retrieval=limit[0], captioning=limit[1]))
         check_settings(out, settings)
-        plan = Plan(out, rows, args.seeds, settings, args.jobs)
+        plan = Plan(out, rows, args.seeds, settings, args.jobs, hold(out))
         print(f"{plan.progress()} under {out}, {plan.jobs} at a time", flush=True)
         run_all(plan)
         if plan.stopped:

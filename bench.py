@@ -677,6 +677,8 @@ def main(argv: list[str] | None = None) -> int:
     a("--compile", action="store_true", help="step: compile our layers and Eq. 9")
     a("--which", choices=("padded", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.name == "ablation":
+        raise ValueError("ablation has flags of its own and comes first: bench.py ablation --help")
     for flag, least in (("repeat", 1), ("layers", 1), ("clips", 1), ("videos", 100)):
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")

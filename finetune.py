@@ -443,7 +443,10 @@ def pre_trained(cfg: TuneConfig) -> Path:
     """
     data, found = Path(cfg.data).resolve(), []
     for log in Path("runs").glob("*/log.jsonl"):
-        last = (read_log(log) or [{}])[-1]
+        try:
+            last = (read_log(log) or [{}])[-1]
+        except DataError:  # of no run that could be started from
+            continue
         settings = last.get("settings", {})
         if last.get("final") and "task" not in settings and "data" in settings:
             if Path(settings["data"]).resolve() == data:

@@ -24,14 +24,18 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import DataError, shown
 from weights import first_line, refuse_programs, write_aside
 
 # ---------------------------------------------------------------------------------------------
 # Signals, and two runs in one directory
 
 
-class Stopped(Exception):
-    """A signal came when the training was done and saved, and nothing else has to be finished."""
+class Stopped(BaseException):
+    """A signal came when the training was done and saved, and nothing else has to be finished.
+
+    No Exception: it comes anywhere, also where a reader takes any for a damaged file.
+    """
 
 
 class Stop:
@@ -165,13 +169,19 @@ def append(file: typing.IO, row: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read the rows of a log.jsonl, if it is there; half a last line is what a full disk leaves."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        print(f"{path}: its last line is cut short and left out")
-        return [json.loads(line) for line in lines[:-1]]
+    """Read the rows of a log.jsonl, if it is there; half a last line is what a full disk leaves.
+
+    Raises: DataError where another line is damaged.
+    """
+    lines, rows = path.read_text().splitlines() if path.exists() else [], []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if n < len(lines):
+                raise DataError(f"{path}, line {n}: {shown(line)}, wanted JSON") from None
+            print(f"{path}: its last line is cut short and left out")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,6 +321,12 @@ def hold_pages() -> None:
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of malloc.h
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    here = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(here(0)) if here else os.cpu_count() or 1
 
 
 def can_write(path: str | Path | None, flag: str) -> None:

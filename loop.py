@@ -16,7 +16,6 @@ import itertools
 import math
 import os
 import re
-import resource
 import sys
 import time
 import typing
@@ -39,6 +38,7 @@ from keep import (
     Progress,
     Stop,
     Stopped,
+    cores,
     deaf_children,
     hold_pages,
     ignore_signals,
@@ -216,7 +216,7 @@ class Ranks:
                 error = found
         value, error = self.share((value, error))
         if error is not None:
-            raise error if not self.rank else type(error)(f"on rank 0: {error}")
+            raise error if not self.rank else of_rank(0, error)
         return value
 
     def every(self, do: Callable):
@@ -228,7 +228,7 @@ class Ranks:
             error = found
         for rank, met in enumerate(self.all(error)):
             if met is not None:
-                raise met if rank == self.rank else type(met)(f"on rank {rank}: {met}")
+                raise met if rank == self.rank else of_rank(rank, met)
         return value
 
     def all(self, value) -> list:
@@ -265,6 +265,12 @@ class Ranks:
             print(line, flush=True)
 
 
+def of_rank(rank: int, error: Exception) -> Exception:
+    """Make an error that says on which rank it was met."""
+    kinds = (DataError, OSError)  # others may want more than a text
+    return next((k for k in kinds if isinstance(error, k)), ValueError)(f"on rank {rank}: {error}")
+
+
 def start_ranks() -> Ranks:
     """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -277,7 +283,7 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     elif (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
         # torchrun gives each of several processes one thread, however many cores there are.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // n))
+        torch.set_num_threads(max(1, cores() // n))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(rank, world, device)
@@ -291,7 +297,7 @@ class _GatherRows(torch.autograd.Function):
         world, rank = dist.get_world_size(), dist.get_rank()
         sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
         dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-        sizes = [int(n) for n in sizes]
+        sizes = torch.cat(sizes).tolist()
         ctx.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         room = x.new_zeros(max(1, *sizes), x.shape[1])  # every rank must send as many rows
         room[: len(x)] = x
@@ -445,7 +451,10 @@ def memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     if (status := Path("/proc/self/status")).exists():  # ru_maxrss would count the parent's too
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, elsewhere KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def clock(seconds: float) -> str:
@@ -492,6 +501,10 @@ def fit(
     facts |= {"device": device.type, "precision": str(dtype)}
     kept = Checkpoint(out / "trainer.pt", model, optimizer, scaler, cfg, facts)
     reached = kept.resume(ranks)
+    if reached.step > cfg.steps:
+        raise ValueError(
+            f"--steps {cfg.steps}: {out} is at step {reached.step} already, ask for more"
+        )
     objective = distribute(model, loss, ranks, cfg.compile)
     log = Log(out / "log.jsonl", reached.step, ranks)
     ranks.say(f"training in {why}, {world} process{'es' * (world > 1)}, {size:,} parameters")
@@ -511,8 +524,10 @@ def fit(
         ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
     with deaf_children():
         steps = Steps(draw, start, cfg.steps, cfg.accumulate)
-        pin = device.type == "cuda"
-        loader = iter(DataLoader(steps, None, num_workers=cfg.workers, pin_memory=pin))
+        how = dict(num_workers=cfg.workers, pin_memory=device.type == "cuda")
+        if cfg.workers:  # `draw` is handed on by fork, which newer Pythons have to be asked for
+            how |= dict(multiprocessing_context="fork")
+        loader = iter(DataLoader(steps, None, **how))
     for step in range(start, cfg.steps):
         # ---- set lr; dropout depends on (seed, step, rank) alone
         for group, peak in zip(optimizer.param_groups, (cfg.lr, cfg.mlp_lr), strict=True):

@@ -165,7 +165,7 @@ TRAINED = "--width 256 --layers 4 --batch 64"  # large enough that gradients tak
 def two_processes(root: Path, args) -> list[dict]:
     """Pre-training by two processes against one, a thread and a core each; and what two runs that
     have nothing to do with each other reach at once, which is all that two cores have."""
-    mine = sorted(os.sched_getaffinity(0))
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(mine) < 2:
         print("ranks: left out; one core", file=sys.stderr)
         return []

@@ -10,7 +10,7 @@ are never shown nor said in training: the tests are about those.
 
 import csv
 import json
-import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,17 +157,23 @@ def write_toy(folder: str | Path, seed: int = 0, scale: float = 1.0) -> None:
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: not empty; the toy world wants a folder of its own")
-    root = folder.with_name(folder.name + ".partial")  # moved into place when it is whole
-    shutil.rmtree(root, ignore_errors=True)
-    (root / "features").mkdir(parents=True)
-    world = World(seed, scale)
-    narration = write_howto(root, world)
-    write_msrvtt(root, world)
-    write_youcook2_and_coin(root, world)
-    write_crosstask(root, world)
-    write_vocabulary(root, narration)
-    dump(root / "toy.json", {"toy": 1, "seed": seed, "scale": scale, "width": WIDTH})
-    root.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # moved into place when it is whole; two runs that start at once each write their own
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as aside:
+        root = Path(aside) / "toy"
+        (root / "features").mkdir(parents=True)
+        world = World(seed, scale)
+        narration = write_howto(root, world)
+        write_msrvtt(root, world)
+        write_youcook2_and_coin(root, world)
+        write_crosstask(root, world)
+        write_vocabulary(root, narration)
+        dump(root / "toy.json", {"toy": 1, "seed": seed, "scale": scale, "width": WIDTH})
+        try:
+            root.replace(folder)
+        except OSError:
+            if not (folder / "toy.json").exists():  # another was faster, and its world is there
+                raise
 
 
 def dump(path: Path, data: object) -> None:

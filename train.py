@@ -102,6 +102,8 @@ def settle(cfg: LoopConfig, given: set[str], toy: dict = TOY, paper: dict = PAPE
     empty = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
     if cfg.epochs is not None:
         empty.pop("steps", None)
+    elif cfg.steps is not None:
+        empty.pop("epochs", None)  # they would have no part in it
     return dataclasses.replace(cfg, **empty)
 
 
@@ -237,8 +239,9 @@ def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM
             raise DataError(f"--bert {cfg.bert} is a file, wanted a folder with config.json, "
                             "vocabulary and weights")  # fmt: skip
         tokenizer = load_tokenizer(cfg.bert)
-        path = Path(cfg.bert) / "config.json"
-        model = VLM(VLMConfig.from_json(path, video_dim=E))
+        ids = special_ids(tokenizer)  # config.json names [PAD] at most; not all are BERT-base's
+        ids.pop("vocab_size")  # config.json's, which may be larger
+        model = VLM(VLMConfig.from_json(Path(cfg.bert) / "config.json", video_dim=E, **ids))
         if not cfg.scratch:
             load_bert(model, cfg.bert, say)
     else:
@@ -252,11 +255,12 @@ def make_model(cfg: LoopConfig, E: int, say: Callable[[str], None]) -> tuple[VLM
         model = VLM(VLMConfig(video_dim=E, **shape, **special_ids(tokenizer)))
     if cfg.dropout is not None:
         model.set_dropout(cfg.dropout)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} pieces, the model "
-            f"{model.config.vocab_size}: they are not a pair"
-        )
+    for name, own in special_ids(tokenizer).items():
+        theirs = getattr(model.config, name)
+        if own > theirs or own != theirs and name != "vocab_size":
+            raise DataError(
+                f"the tokenizer's {name} is {own}, the model's {theirs}: they are not a pair"
+            )
     return model, tokenizer
 
 
@@ -367,8 +371,9 @@ def finish(cfg, ranks, model: VLM, tokenizer, data: Data, out: Path, reached: Pr
     if data.test:
         ranks.go_on()
         model.eval()
-        with ranks.stop.soon():
+        with contextlib.suppress(Stopped), ranks.stop.soon():
             found = zero_shot_retrieval(model, tokenizer, data.features, data.test)
+        ranks.go_on()  # where one was stopped all leave, and none waits for it below
         ranks.say(f"\nzero-shot text-to-video retrieval, {len(data.test)} {data.test_name}")
         for name, row in found.items():
             ranks.say(f"{name:16}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))

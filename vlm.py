@@ -632,13 +632,14 @@ class VLM(nn.Module):
         x_video = own[hidden]  # (M_v, D): targets
         x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
         V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
-        # Before Eq. 3, for nonzero makes the CPU wait for all that a GPU was given.
+        # Before Eq. 3, for nonzero, and the count of others' rows, make the CPU wait for all that a
+        # GPU was given.
+        V_ = V_ if gather is None else gather(V_)
         at_video, at_text = (x.nonzero(as_tuple=True) for x in (video_hidden, text_hidden))
         h = self.join(x_masked, batch, "full")  # Eq. 3
         head = self.cls["predictions"]
         e_video = head(h[:, 1 : V + 1][at_video])  # (M_v, D)  Eq. 4, hidden tokens only
         e_text = head(h[:, V + 2 :][at_text])  # (M_t, D)
-        V_ = V_ if gather is None else gather(V_)
         D = self.bert.embeddings["word_embeddings"].weight
         if loss == "vlm":  # Eq. 8-9: one pool V' + D for both kinds, no biases
             e = torch.cat([e_video, e_text])

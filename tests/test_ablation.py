@@ -211,6 +211,51 @@ def test_wrong_flags_are_one_line(tmp_path, flag, words):
         ablation.main([*flag, "--out", str(tmp_path)])
 
 
+def test_a_run_is_told_to_stop_once(tmp_path, monkeypatch):
+    """A second signal after ten seconds would end it where it is, its last steps lost."""
+    told = []
+
+    class Busy:
+        returncode, polls = 0, 0
+
+        def poll(self):
+            self.polls += 1
+            return 0 if self.polls > 5 else None
+
+        def terminate(self):
+            told.append(self.polls)
+
+    plan = Plan(tmp_path, ["mmm50"], [0], SETTINGS)
+
+    def start(*_, **__):
+        plan.stopped = True
+        return Busy()
+
+    monkeypatch.setattr(ablation.subprocess, "Popen", start)
+    monkeypatch.setattr(ablation.time, "sleep", lambda s: None)
+    ablation.run_stage(plan, "mmm50", 0, "pre-training")
+    assert told == [1]
+
+
+def test_a_folder_that_a_process_writes_is_not_cleared_away(tmp_path):
+    """It has no checkpoint yet: an earlier command's run may still be at its first steps."""
+    run = tmp_path / "mmm50-0" / "pre-training"
+    run.mkdir(parents=True)
+    hold = f"from keep import hold; from pathlib import Path; f = hold(Path({str(run)!r})); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, text=True,
+                              cwd=Path(ablation.__file__).parent)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "lock").exists() or not (run / "lock").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match=f"is in use by process {holder.pid}"):
+            run_all(Plan(tmp_path, ["mmm50"], [0], SETTINGS))
+        assert (run / "lock").exists()
+    finally:
+        holder.communicate("")
+
+
 @pytest.mark.slow
 def test_the_command_is_stopped_goes_on_and_ends_with_its_tables(small_toy, tmp_path):
     """Two rows, one seed, the small world: SIGTERM in the middle, then the same command again."""

@@ -399,6 +399,9 @@ def test_fine_tuning_starts_from_a_run_that_was_finished(
     shutil.rmtree("runs/toy")
     assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/trial")
     shutil.rmtree("runs/toy-3")
+    (tmp_path / "runs" / "odd").mkdir()  # a log that is none is no reason to stop
+    (tmp_path / "runs" / "odd" / "log.jsonl").write_text("no json\n{}\n")
+    assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/trial")
     assert train.newest_run(TrainConfig()) == Path("runs/toy-2")
 
 
@@ -460,7 +463,7 @@ def test_too_few_items_are_an_error(small_toy, pre_trained, tmp_path):
     path.write_text("\n".join(path.read_text().splitlines()[:2]))
     with pytest.raises(ValueError, match="1 items to train on, wanted at least one for each of 1"):
         main(config(world, pre_trained, tmp_path / "run", "qa", accumulate=2))
-    path.write_text("video_id\nvideo9999\n")
+    path.write_text("video_id\n")
     with pytest.raises(DataError, match="nothing to train qa on: MSRVTT_data.json or MSRVTT_train"):
         main(config(world, pre_trained, tmp_path / "run", "qa"))
 

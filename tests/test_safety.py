@@ -16,24 +16,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
+import features
 import finetune
 import keep
 import loop
+import toy
 import train
 from benchmarks import DataError, read_msrvtt
+from features import FeatureStore
 from keep import Stop, Stopped, read_checkpoint, read_log
 from loop import Ranks, launch
 from tests import kill
 from tests.fixtures.make_run import answers, write_world
 from tests.test_train import poison
 from train import TrainConfig, main
-from vlm import load_run
+from vlm import load_run, load_tokenizer
 from weights import write_aside
 
 REPO = Path(__file__).resolve().parents[1]
@@ -669,6 +673,70 @@ def test_a_changed_setting_is_said_and_a_changed_model_refused(small_toy, whole,
     assert "the run's setting gone = 3 is unknown here and left out" in capsys.readouterr().out
 
 
+def test_a_run_that_is_further_than_its_steps_keeps_its_summary(small_toy, whole, tmp_path):
+    """Catches a log that is cut before the run is refused: it would no longer count as finished."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    before = (out / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="--steps 2: .* is at step 6 already"):
+        main(TrainConfig(out=str(out), resume=True, steps=2), RESUME | {"steps"})
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_epochs_that_had_no_part_in_a_run_are_asked_for_afresh():
+    """`--steps 3`, then `--resume --epochs 15`: a default that had no use is not "as before"."""
+    cfg = train.settle(TrainConfig(data="elsewhere", steps=3), {"data", "steps"})
+    assert (cfg.steps, cfg.epochs) == (3, None)
+    assert train.settle(TrainConfig(data="elsewhere"), {"data"}).epochs == 15
+
+
+def test_a_damaged_log_is_named_on_every_rank(tmp_path):
+    """An error that wants more than a text must not become another one on its way to the ranks."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\nno json\n{"step": 2}\n')
+    with pytest.raises(DataError, match="log.jsonl, line 2: 'no json', wanted JSON"):
+        read_log(tmp_path / "log.jsonl")
+    for error, kind in ((json.JSONDecodeError("x", "y", 0), ValueError), (OSError("x"), OSError),
+                        (DataError("x"), DataError)):  # fmt: skip
+        assert type(loop.of_rank(3, error)) is kind and "on rank 3: x" in str(
+            loop.of_rank(3, error)
+        )
+
+
+def test_a_signal_is_no_damage_of_the_file_that_is_being_read(small_toy, tmp_path, monkeypatch):
+    """Readers take any Exception of numpy, zipfile or Rust for a damaged file; Stopped is none."""
+
+    def stop(*_, **__):
+        raise Stopped
+
+    store = FeatureStore(small_toy / "features")
+    monkeypatch.setattr(features, "map_array", stop)
+    with pytest.raises(Stopped):
+        store.open("how_train_0001")
+    monkeypatch.setattr("weights.Tokenizer", SimpleNamespace(from_str=stop))
+    with pytest.raises(Stopped):
+        load_tokenizer(small_toy)
+
+
+def test_two_runs_that_write_the_toy_world_at_once_leave_a_whole_one(tmp_path, monkeypatch):
+    """Each writes aside; who comes second finds the first one's, and takes that."""
+    dump, folder = toy.dump, tmp_path / "toy"
+
+    def second_at_the_end(path, content):
+        dump(path, content)
+        if path.name == "toy.json" and not folder.exists():
+            monkeypatch.setattr(toy, "dump", dump)
+            toy.write_toy(folder, scale=0.02)
+
+    monkeypatch.setattr(toy, "dump", second_at_the_end)
+    toy.write_toy(folder, scale=0.02)
+    assert [*tmp_path.iterdir()] == [folder]
+    (tmp_path / "alone").mkdir()
+    toy.write_toy(tmp_path / "alone" / "toy", scale=0.02)
+    names = [
+        sorted(p.relative_to(x) for p in x.rglob("*")) for x in (folder, tmp_path / "alone/toy")
+    ]
+    assert names[0] == names[1]
+
+
 def test_more_epochs_make_a_longer_run(small_toy, tmp_path):
     """Catches an --epochs that is read and not used, because the steps are known."""
     main(config(small_toy, tmp_path / "run", steps=None, epochs=0.5))
@@ -713,6 +781,15 @@ def test_a_seed_gives_the_same_run_for_any_number_of_loader_workers(
     """Bit for bit: weights, Adam's state, the log, the evaluation."""
     main(config(small_toy, tmp_path / "run", workers=workers))
     assert not kill.differ(whole, tmp_path / "run")
+
+
+def test_loader_workers_start_where_python_would_not_fork(small_toy, tmp_path):
+    """As on macOS, and from Python 3.14 on: what draws the batches cannot be pickled."""
+    try:
+        torch.multiprocessing.set_start_method("spawn", force=True)
+        assert main(config(small_toy, tmp_path / "run", workers=1))["final"]
+    finally:
+        torch.multiprocessing.set_start_method("fork", force=True)
 
 
 def test_another_seed_gives_another_run(small_toy, whole, tmp_path):

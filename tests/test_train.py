@@ -21,7 +21,7 @@ from keep import read_checkpoint
 from loop import Ranks, learning_rate, parse
 from tests.two_ranks import gradients
 from train import TrainConfig, main
-from vlm import load_run
+from vlm import load_run, save_run
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = dict(width=32, layers=1, batch=8, steps=6, save_every=3, log_every=1)
@@ -445,3 +445,23 @@ def test_the_command_line_is_the_dataclass():
     for wrong in (["--step", "5"], ["--loss", "l2"], ["--frobnicate"], ["--batch", "many"]):
         with pytest.raises(SystemExit):
             parse(TrainConfig, wrong)
+
+
+def test_a_bert_has_the_special_tokens_of_its_own_vocabulary(small_toy, tmp_path):
+    """Catches BERT-base's 101, 102 and 103 taken for [CLS], [SEP] and [MASK] of any vocabulary."""
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    words = [*(f"[unused{i}]" for i in range(7)), "[MASK]", "[SEP]", "[PAD]", "[UNK]", "[CLS]"]
+    (bert / "vocab.txt").write_text("\n".join([*words, *"abcdefghij"]))
+    sizes = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40)
+    sizes |= dict(vocab_size=40, max_position_embeddings=96, pad_token_id=0)
+    (bert / "config.json").write_text(json.dumps(sizes))
+    cfg = TrainConfig(data=str(small_toy), bert=str(bert), scratch=True)
+    model, tokenizer = train.make_model(cfg, 64, print)
+    c = model.config
+    found = c.mask_token_id, c.sep_token_id, c.pad_token_id, c.unk_token_id, c.cls_token_id
+    assert found == (7, 8, 9, 10, 11) and c.vocab_size == 40
+    c.sep_token_id = 3
+    save_run(tmp_path / "run", model, tokenizer)
+    with pytest.raises(DataError, match="tokenizer's sep_token_id is 8, the model's 3: they ar"):
+        train.make_model(TrainConfig(data=str(small_toy), init=str(tmp_path / "run")), 64, print)
