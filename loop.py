@@ -100,7 +100,9 @@ class LoopConfig:
 
     out: str | None = opt(None, "run directory (default: a new one in runs/)", "the run", "RUN")
     resume: bool = opt(False, "go on with the run at --out; flags given again replace its own")
-    save_every: int = opt(500, "steps between checkpoints")
+    save_every: int | None = opt(
+        None, "steps between checkpoints (default: 500, and at least five minutes)"
+    )
     log_every: int | None = opt(
         None, "steps between log lines (default: a fiftieth of the run; fine-tuning: an epoch)"
     )
@@ -467,6 +469,11 @@ def clock(seconds: float) -> str:
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
 
+# Steps, and seconds, between checkpoints at least: all ranks wait for one, and at eight GPUs' rate
+# 500 steps take 21 seconds.
+SAVE_EVERY, SAVE_APART = 500, 300
+
+
 def fit(
     cfg: LoopConfig,
     ranks: Ranks,
@@ -516,9 +523,18 @@ def fit(
     start, before, begun = reached.step, reached.seconds, time.monotonic()
     total, bad_in_a_row = Totals(device, start, begun), 0
 
+    written = begun
+
     def keep() -> None:
+        nonlocal written
         reached.seconds = before + time.monotonic() - begun
         kept.write(reached, save)
+        written = time.monotonic()
+
+    def due(step: int) -> bool:  # all ranks ask at the same steps, rank 0's clock answers
+        if step % (cfg.save_every or SAVE_EVERY):
+            return False
+        return bool(cfg.save_every) or ranks.share(time.monotonic() - written >= SAVE_APART)
 
     if not start:  # a disk that cannot take it says so now, and --resume always can
         ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
@@ -578,7 +594,7 @@ def fit(
         if checked:
             model.train()
             total.since += time.monotonic() - now
-        if done % cfg.save_every == 0 or done == cfg.steps or stop_now or checked:
+        if done == cfg.steps or stop_now or checked or due(done):
             ranks.first(keep)
         if stop_now:
             break

@@ -124,6 +124,20 @@ def test_a_run_that_died_before_its_first_checkpoint_is_begun_again(small_toy, w
             main(config(small_toy, other))
 
 
+@pytest.mark.parametrize("every, apart, writes", [(3, 1e9, 3), (None, 0, 4), (None, 1e9, 2)])
+def test_checkpoints_are_as_far_apart_as_asked(
+    small_toy, tmp_path, monkeypatch, every, apart, writes
+):
+    """Before the first of six steps and after the last; between them by steps alone, if they are
+    given, else by steps and seconds."""
+    written, write = [], keep.Checkpoint.write
+    monkeypatch.setattr(keep.Checkpoint, "write", lambda *a: written.append(1) or write(*a))
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    monkeypatch.setattr(loop, "SAVE_APART", apart)
+    main(config(small_toy, tmp_path / "run", save_every=every))
+    assert len(written) == writes
+
+
 def test_half_a_line_in_the_log_is_said_and_left_out(small_toy, whole, tmp_path, capsys):
     """What a full disk leaves must not keep the run from going on."""
     out = shutil.copytree(whole, tmp_path / "run")
