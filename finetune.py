@@ -10,8 +10,9 @@
     localization   binary cross-entropy of second . step dot products                    sec. 4.3
     captioning     cross-entropy of each next word under the captioning mask             sec. 4.5
 
-After each epoch the model is tried on training videos held out for that (`--held-out`); the best
-epoch is kept and tested at the end as `python eval.py TASK` does. The loop is train.py's.
+After each epoch, at most 60 times, the model is tried on training videos held out for that
+(`--held-out`); the best epoch is kept and tested at the end as `python eval.py TASK` does. The loop
+is train.py's.
 
 Without --steps and --epochs: 10 epochs and at least 300 steps, of 128 clips (retrieval, qa), 64
 (captioning), or 32 and 16 windows (segmentation, localization); on the toy world 10 or 20 epochs of
@@ -111,6 +112,7 @@ TASKS_OF = {  # settings that some tasks alone have
     "meteor_data": ("captioning",),
 }
 LEAST = 300  # steps: a small corpus gets more epochs
+MOST = 60  # validations
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,7 +265,8 @@ def quality(task: str, row: dict[str, float]) -> tuple[str, float]:
 
 @dataclass
 class Best:
-    """Validate after each epoch and keep the best one's weights in the run directory."""
+    """Validate after each epoch, or every few of more than MOST, and keep the best one's weights in
+    the run directory."""
 
     task: Task
     model: VLM
@@ -283,7 +286,8 @@ class Best:
 
     def __call__(self, step: int, log: Log) -> bool:
         """Validate if an epoch or the run ends here; every rank does, and all find the same."""
-        if step % self.epoch and step != self.last or not self.task.val:
+        every = self.epoch * math.ceil(self.last / self.epoch / MOST)
+        if step % every and step != self.last or not self.task.val:
             return False
         begun = time.monotonic()
         self.model.eval()

@@ -250,6 +250,14 @@ def test_without_held_out_videos_the_last_weights_are_kept(small_toy, pre_traine
     assert all(torch.equal(left[k], last[k]) for k in left) and summary["held_out"] is None
 
 
+def test_many_short_epochs_are_not_each_validated(small_toy, pre_trained, tmp_path, monkeypatch):
+    """A dozen items are an epoch a step: hundreds of validations, and a checkpoint after each."""
+    monkeypatch.setattr(finetune, "MOST", 3)
+    many = dict(limit=8, epochs=7, batch=8)
+    main(config(small_toy, pre_trained, tmp_path / "run", "qa", **many))
+    assert [r["step"] for r in rows(tmp_path / "run") if "validation" in r] == [3, 6, 7]
+
+
 def test_epochs_are_compared_by_the_tasks_metric():
     assert quality("retrieval", {"R@1": 0.1, "R@5": 0.2, "R@10": 0.6, "median rank": 9})[1] == (
         pytest.approx(0.3)
