@@ -75,7 +75,7 @@ class LoopConfig:
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
     init: str | None = opt(None, "start from this run's weights (fine-tuning's default: the newest "
-                                 "finished one named after DATA)", metavar="RUN")  # fmt: skip
+                                 "finished one of train.py on DATA)", metavar="RUN")  # fmt: skip
     dropout: float | None = opt(None, "dropout, 0..1 (default: toy 0, else the model's own)")
 
     steps: int | None = opt(None, "steps (default: what --epochs give, see above)", "optimisation")
