@@ -468,7 +468,7 @@ def two(small_toy, tmp_path_factory) -> dict:
 def test_ranks_learn_of_each_others_errors(two):
     """Both end by the same error; the other rank's says whose it is."""
     assert two["every"] == ["on rank 1: b.json: bad", "b.json: bad"]
-    assert two["first"] == ["disk full", "disk full"]
+    assert two["first"] == ["disk full", "on rank 0: disk full"]
     assert two["unread"] == ["on rank 1: x.npy: bad"] * 2
 
 
