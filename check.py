@@ -95,10 +95,7 @@ def check_features(store: FeatureStore, bad: Callable, scan: bool) -> None:
     seconds, begun, shown = 0, time.monotonic(), time.monotonic()
     for i, video in enumerate(store.place):
         try:
-            n = len(store.open(video))
-            if scan:
-                store.rows(video, np.arange(n))
-            seconds += n
+            seconds += len(store.whole(video) if scan else store.open(video))
         except DataError as error:
             bad(str(error))
         if time.monotonic() - shown > 5:

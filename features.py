@@ -131,12 +131,17 @@ class FeatureStore:
             raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
         return x if isinstance(x, np.ndarray) else _Slice(x, shape)
 
+    def whole(self, video: str) -> np.ndarray:
+        """Read all seconds of a video: (seconds, E) float32, all finite, or DataError."""
+        x = self.open(video)
+        return self.rows(video, np.arange(len(x)), x)
+
     def sound(self, videos: Iterable[str], bad: Callable) -> set[str]:
         """Read videos whole; return those without fault, `bad` gets the others' DataError."""
         found = set()
         for video in dict.fromkeys(videos):
             try:
-                self.rows(video, np.arange(len(self.open(video))))
+                self.whole(video)
                 found.add(video)
             except DataError as error:
                 bad(str(error))

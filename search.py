@@ -56,8 +56,7 @@ def embed_texts(model: VLM, tokenizer: Tokenizer, texts: list[str], size: int = 
 
 def whole(model: VLM, features: FeatureStore, video: str) -> tuple[Tensor, Tensor]:
     """Read all seconds of a video, for the model's device: (1, seconds, E), valid (1, seconds)."""
-    x = torch.from_numpy(features.rows(video, np.arange(len(features.open(video)))))[None]
-    x = x.to(model.video_mean.device)
+    x = torch.from_numpy(features.whole(video))[None].to(model.video_mean.device)
     return x, torch.ones_like(x[:, :, 0], dtype=torch.bool)
 
 

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import DataError, read_json
+from benchmarks import DataError
 from bert import Bert, Layer, VLMConfig, pad, square
 from keep import run
 from weights import (
@@ -668,9 +668,9 @@ def load_run(path: str | Path, device: str = "cpu") -> tuple[VLM, Tokenizer]:
             f"{path}: no run here (config.json is missing): train one with train.py or finetune.py"
         )
     config, weights = VLMConfig.from_json(path / "config.json"), path / "model.safetensors"
-    if "video_dim" not in read_json(path / "config.json", dict):
-        raise DataError(f"{path} holds a BERT, not a run: train.py and finetune.py have --bert")
     tensors = read_tensors(weights)
+    if not any(name.startswith("videomlp.") for name in tensors):
+        raise DataError(f"{path} holds a BERT, not a run: train.py and finetune.py have --bert")
     with torch.device("meta"):  # sizes first: nothing is made room for that the file does not hold
         ours = VLM(config).state_dict()
     odd = [k for k in sorted({*tensors, *ours}) if k not in tensors or k not in ours]

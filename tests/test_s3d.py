@@ -332,13 +332,17 @@ class Malice:
 
 @pytest.mark.parametrize("container", ["torch.save", "pickle"])
 def test_a_malicious_pickle_is_refused_and_creates_nothing(container, model, tmp_path):
-    """Catches weights_only=False."""
+    """Catches weights_only=False; a reader that trusts the file does make its mark: shown first."""
     path, target = tmp_path / "w.pth", tmp_path / "created"
     contents = dict(model.state_dict(), extra=Malice(target))
     if container == "torch.save":
         torch.save(contents, path)
+        torch.load(path, weights_only=False)
     else:
         path.write_bytes(pickle.dumps({"extra": Malice(target)}, protocol=2))
+        pickle.loads(path.read_bytes())
+    assert target.exists()
+    target.unlink()
     with pytest.raises(ValueError, match="not a plain file of tensors"):
         load_s3d(S3D(), path)
     assert not target.exists()
