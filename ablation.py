@@ -35,10 +35,12 @@ import torch
 
 import pictures
 from benchmarks import read_json
+from finetune import TASKS_OF, TuneConfig
 from keep import cores, hold
-from loop import clock
+from loop import clock, parse
+from tasks import DATASETS
 from toy import write_toy
-from train import is_toy
+from train import TrainConfig, is_toy
 from weights import write_aside
 
 RETRIEVAL = ("R@1", "R@5", "R@10", "median rank")  # columns of Table 8
@@ -115,7 +117,7 @@ class Plan:
         me += ["--init", str(self.folder(row, seed) / "pre-training")]
         me += ["--dataset", s["dataset"]] * bool(s["dataset"])
         me += ["--limit", str(s["limit"][stage])] * bool(s["limit"][stage])
-        return [*me, *shlex.split(s["tune"])]
+        return [*me, *tune_flags(s["tune"], stage)]
 
     def progress(self) -> str:
         """Say how much is done and how long the rest will take, by what its like has taken."""
@@ -128,6 +130,32 @@ class Plan:
             return head
         seconds = sum(n * statistics.mean(self.took.get(k) or known) for k, n in left.items())
         return f"{head} about {clock(seconds / min(self.jobs, len(runs)))} left"
+
+
+def tune_flags(tune: str, task: str) -> list[str]:
+    """Split --tune into finetune.py's flags for a task; those of the other task alone are not its.
+
+    >>> tune_flags("--lr 1e-4 --tokenizer ptb", "retrieval")
+    ['--lr', '1e-4']
+    """
+    flags, mine = [], True
+    for word in shlex.split(tune):
+        if word.startswith("--"):
+            name = word[2:].split("=")[0].replace("-", "_")
+            mine = task in TASKS_OF.get(name, DATASETS)
+        flags += [word] * mine
+    return flags
+
+
+def check_flags(train: str, tune: str) -> None:
+    """Let the programs read their flags now, not after hours; ValueError for a flag of neither."""
+    parse(TrainConfig, shlex.split(train))
+    taken = [tune_flags(tune, task) for task in ("retrieval", "captioning")]
+    for task, flags in zip(("retrieval", "captioning"), taken, strict=True):
+        parse(TuneConfig, [task, *flags])
+    for word in shlex.split(tune):
+        if word not in taken[0] + taken[1]:
+            raise ValueError(f"--tune {tune!r}: {word} is for neither retrieval nor captioning")
 
 
 def summary(run: Path) -> dict | None:
@@ -454,7 +482,8 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     jobs = 1 if torch.cuda.is_available() else cores()
     add = p.add_argument_group("what is compared").add_argument
-    add("--rows", default=",".join(ROWS), metavar="A,B", help=f"(default: {','.join(ROWS)})")
+    how = f"rows of the tables, by these names (default: all, {','.join(ROWS)})"
+    add("--rows", default=",".join(ROWS), metavar="A,B", help=how)
     add("--seeds", type=seed_list, default=seed_list("3"), metavar="N|A,B",
         help="so many, from 0, or a list of them (default: 3)")  # fmt: skip
     add = p.add_argument_group("pre-training").add_argument
@@ -488,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--jobs is {args.jobs}, wanted at least 1")
         if is_toy(args.data) and not Path(args.data).exists():
             write_toy(args.data)  # here, once, and not in every process
+        check_flags(args.train, args.tune)
         limit = args.limit or ((40, 150) if is_toy(args.data) else (0, 0))
         settings = {k: getattr(args, k) for k in ("data", "bert", "steps", "dataset")}
         settings |= dict(train=args.train, tune=args.tune)

@@ -7,7 +7,7 @@
     python bench.py encode         retrieval apart against padded joint passes, with backward too
     python bench.py data           clip sampling and masking against a loop over clips
     python bench.py metrics        caption metrics against pycocoevalcap and its Java
-    python bench.py s3d            the video encoder, laid out for a CPU against as it is written
+    python bench.py s3d            the video encoder, four seconds at once, against one by one
     python bench.py scale          many videos, shards and processes against one
     python bench.py all --json FILE
     python bench.py ablation       Tables 8 and 9 in miniature, hours: see ablation.py
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import platform
@@ -41,8 +42,9 @@ from torch import Tensor
 import ablation
 from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
-from keep import can_write, hold_pages, read_log
-from loop import memory_mib, start_ranks
+from keep import can_write, hold_pages, read_log, write_json
+from loop import memory_mib
+from ranks import start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
 from vlm import VLM, Batch, VLMConfig, attention_mask, load_tokenizer, run
@@ -147,7 +149,7 @@ def trainer(which: str, dtype: torch.dtype | None, B: int, compiled=False, **siz
     params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
     optimizer = torch.optim.Adam(params, 5e-5, betas=(0.9, 0.98), fused=True)
     batches = [paper_batch(B, model.config, seed).to(DEVICE) for seed in range(4)]
-    turn = iter(range(10**9))
+    turn = itertools.count()
 
     def step() -> float:
         batch = batches[next(turn) % 4]
@@ -203,7 +205,8 @@ def step(args) -> list[dict]:
         me = [sys.executable, __file__, "step", "--which", which, "--batch", str(B)]
         me += ["--layers", str(args.layers)]  # a process each, for peaks do not go down again
         peaks[which] = float(subprocess.run(me, check=True, stdout=subprocess.PIPE).stdout)
-    what = f"peak memory of the step, {B} clips, {'bf16' if fast else 'fp32'}, weights and Adam's "
+    kind = "bf16" if fast and half() else "fp32"
+    what = f"peak memory of the step, {B} clips, {kind}, weights and Adam's "
     rows.append(row("memory", what + "state among it", peaks["padded"], peaks["ours"], "MiB"))
     for name, dtype in (("fp32", None), ("bf16", half()), ("fp16", torch.float16)):
         if name == "bf16" and dtype is None:
@@ -481,7 +484,7 @@ def data(args) -> list[dict]:
             rows.append(row(name, what, 256 / a, 256 / b, "clips/s", higher=True))
         corpus = open_root(toy, clips_per_video=2)
         train = toy_step(corpus)
-        turn = iter(range(10**9))
+        turn = itertools.count()
         a, b = in_turn(train, lambda: corpus.step(next(turn), 32), repeat)
     what = "share of the toy world's step that drawing its 32 clips takes; a is the limit"
     return [*rows, row("data share", what, 0.05, b / a, "of 1")]
@@ -495,7 +498,7 @@ def toy_step(corpus: Corpus) -> Callable[[], None]:
     params = [p for n, p in model.named_parameters() if n != "cls.predictions.bias"]
     optimizer = torch.optim.Adam(params, fused=True)
     batches = [corpus.step(n, 32) for n in range(4)]
-    turn = iter(range(10**9))
+    turn = itertools.count()
 
     def step() -> None:
         model.pretrain_loss(batches[next(turn) % 4]).value().backward()
@@ -697,8 +700,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(found)
             print(f"{found['name']:12} {found['ratio']:6.2f} x   {found['a']:9.2f} -> "
                   f"{found['b']:9.2f} {found['unit']:12} {found['what']}", flush=True)  # fmt: skip
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
     return 0
 
 

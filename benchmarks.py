@@ -351,10 +351,11 @@ def read_coin(folder: Path, bad: Callable = stop) -> dict[str, dict[str, list[Cl
 def read_crosstask(folder: Path, bad: Callable = stop) -> dict:
     """Read CrossTask (sec. 5.1.2).
 
-    Returns: {"tasks": {task: step texts}, "primary": task ids, "training" | "validation":
-             [(task, video)], "steps": {(task, video): [(step 0.., start s, end s)]}}.
+    Returns: {"tasks": {task: step texts}, "primary": task ids, "listed": [(task, video)] of
+             videos.csv, "training" those of them that are not in "validation", "steps":
+             {(task, video): [(step 0.., start s, end s)]}, annotated pairs alone}.
     """
-    out = {"tasks": {}, "primary": [], "training": [], "validation": [], "steps": {}}
+    out = {"tasks": {}, "primary": [], "steps": {}}
     for name in ("tasks_primary.txt", "tasks_related.txt"):
         path = folder / name
         if not path.exists() and name == "tasks_related.txt":
@@ -373,8 +374,9 @@ def read_crosstask(folder: Path, bad: Callable = stop) -> dict:
                 out["tasks"][task] = steps
                 out["primary"] += [task] * (name == "tasks_primary.txt")
     out["validation"] = _videos(folder / "videos_val.csv", out["tasks"], bad)  # whole, as it is
-    held_back, listed = set(out["validation"]), _videos(folder / "videos.csv", out["tasks"], bad)
-    out["training"] = [pair for pair in listed if pair not in held_back]
+    out["listed"] = _videos(folder / "videos.csv", out["tasks"], bad)
+    held_back = set(out["validation"])
+    out["training"] = [pair for pair in out["listed"] if pair not in held_back]
     for pair in out["training"] + out["validation"]:
         path = folder / "annotations" / f"{pair[0]}_{pair[1]}.csv"
         if len(path.name.encode()) < 256 and path.exists():

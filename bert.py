@@ -55,6 +55,7 @@ class VLMConfig:
     stage: str = "untrained"
     task: str = ""
     data: str = ""
+    split: str = ""  # of CrossTask, one of tasks.SPLITS; older runs name none: theirs was "val"
 
     def __post_init__(self):
         check_sizes(self)
@@ -289,8 +290,8 @@ def check_sizes(c: VLMConfig) -> None:
         raise ValueError(f"config: num_labels is {c.num_labels}, wanted 0 or more")
     if c.labels and len(c.labels) != c.num_labels:
         raise ValueError(f"config: {len(c.labels)} labels, but num_labels {c.num_labels}")
-    said = [x for x in (*c.labels, c.stage, c.task, c.data) if x != ""]
+    said = [x for x in (*c.labels, c.stage, c.task, c.data, c.split) if x != ""]
     if odd := [x for x in said if not is_words(x)]:
-        raise ValueError(f"config: {shown(odd[0])} among labels, stage, task, data: no words")
+        raise ValueError(f"config: {shown(odd[0])} among labels, stage, task .. split: no words")
     if c.type_vocab_size < 2:
         raise ValueError("config: type_vocab_size is below 2: video and text need a row each")

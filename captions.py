@@ -16,7 +16,6 @@ METEOR wants the word lists of the package pycocoevalcap (pip install --no-deps 
 """
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -416,7 +415,7 @@ def read_hypotheses(path: str | Path) -> dict[str, str]:
     return data
 
 
-EXAMPLE = "--references references.json --hypotheses captions.json --tokenizer ptb"
+EXAMPLE = "--references R.json --hypotheses H.json --tokenizer ptb"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -440,7 +439,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Score the captions of one file against those of another, and print the table."""
-    from keep import can_write
+    from keep import can_write, write_json
 
     can_write(args.json, "--json")
     word_pieces, vocabulary = None, args.run or args.vocab
@@ -476,10 +475,9 @@ def command(args: argparse.Namespace) -> int:
         print(f"left out: {only['references']} only in the references, "
               f"{only['hypotheses']} only in the hypotheses")  # fmt: skip
     print(scores_table(scores, items))
-    if args.json:
-        found = {"task": "captions", "dataset": name, "n": len(both), "tokenizer": args.tokenizer}
-        found |= {"left out": only, "model": scores} | ({"per item": items} if items else {})
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"task": "captions", "dataset": name, "n": len(both), "tokenizer": args.tokenizer}
+    found |= {"left out": only, "model": scores} | ({"per item": items} if items else {})
+    write_json(args.json, found)
     return 0
 
 

@@ -133,11 +133,7 @@ def check_narration(
                 continue  # counted where the features were read
             a, b = captions.first_caption[i : i + 2]
             tokens += int(captions.first_token[b] - captions.first_token[a])
-            late += int(
-                (
-                    captions.start[captions.first_caption[i] : captions.first_caption[i + 1]] >= n
-                ).sum()
-            )
+            late += int((captions.start[a:b] >= n).sum())
             total += n
         rate = f"{tokens / total:.1f}" if total else "no features: no"
         print(f"            {rate} tokens a second of video")
@@ -264,8 +260,15 @@ def pack(
     if isinstance(bad, Bad) and bad.messages:
         print(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     made = {*folders, *sources.values(), *([raw, data / "captions"] if flat else [])}
-    for path in sorted(set(data.iterdir()) - made):
+    made = {path.resolve() for path in made}
+
+    def done(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(folder, name).resolve() in made]
+
+    for path in sorted(data.iterdir()):
+        if path.resolve() in made:
+            continue
         if path.is_dir():
-            shutil.copytree(path, out / path.name)
+            shutil.copytree(path, out / path.name, ignore=done)
         elif path.is_file():
             shutil.copyfile(path, out / path.name)

@@ -190,7 +190,9 @@ class Captions:
             ids = self.tokens[ranges(a, b - a)]
             if not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < size:
                 return
-        n = int(lo[~good][0]) if not good.all() else int(lo[0])
+            odd = np.flatnonzero((ids < 0) | (ids >= size))[0]
+            good = np.arange(len(lo)) != np.searchsorted(np.cumsum(b - a), odd, "right")
+        n = int(lo[~good][0])
         video = self.ids[int(np.searchsorted(self.first_caption, n, "right")) - 1]
         raise DataError(f"captions of {video} are damaged, near caption {n}: pack again")
 
@@ -260,6 +262,8 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
 
     mmm/2 of the clips lose all video, mmm/2 all text, the others each token with chance p. A hidden
     word reads [MASK] 80 %, a random word 10 %, itself 10 %; [MASK] always when the text goes whole.
+    A token's neighbours tell most about it, and those of its own modality are nearest: only where a
+    modality is gone whole, the other one has to be read (sec. 3.3).
 
     Args:    batch: video, video_valid, text, text_valid. u (B, uniforms(c)) in [0, 1), drawn from
              a torch.Generator; a clip's row decides all about it, whatever it is batched with.
@@ -370,7 +374,8 @@ class Corpus:
 
     features, captions: the stores. ids: the videos of this split, with features and captions.
     seed. clips_per_video: clips of one video in a draw. min_text: shortest text in word pieces.
-    mmm: share of clips that lose a whole modality. c: sizes.
+    mmm: share of clips that lose a whole modality. c: sizes. skip_bad: draw others instead of
+    clips that cannot be read, and say so once a video and process.
     """
 
     features: FeatureStore
@@ -381,8 +386,12 @@ class Corpus:
     clips_per_video: int = 32
     min_text: int = 8
     mmm: float = 0.5
+    skip_bad: bool = False
 
     MAX_TEXT = 64  # word pieces (sec. 5.2)
+
+    def __post_init__(self):
+        self.said: set[tuple[str, str]] = set()  # videos that cannot be read, and why
 
     def order(self, epoch: int) -> list[int]:
         """Shuffle the videos of one epoch."""
@@ -397,14 +406,36 @@ class Corpus:
         Videos stream by, epoch after epoch, `clips_per_video` clips each; a step takes the next
         `batch` clips, of which part i of n is the i-th of n equal shares: who computes what changes
         nothing.
+
+        Raises: DataError for a clip that cannot be read; with skip_bad, if no video's can.
         """
         size = batch // parts
-        draws = []
+        places = []
         for n in range(step * batch + part * size, step * batch + (part + 1) * size):
             slot, clip = divmod(n, self.clips_per_video)
-            epoch, place = divmod(slot, len(self.ids))
-            draws.append((epoch, self.order(epoch)[place], clip))
-        return self.clips(draws)
+            places.append((*divmod(slot, len(self.ids)), clip))
+        try:
+            return self.clips([(epoch, self.order(epoch)[i], clip) for epoch, i, clip in places])
+        except DataError:
+            if not self.skip_bad:
+                raise
+        return self.clips([self.readable(*place) for place in places])
+
+    def readable(self, epoch: int, place: int, clip: int) -> tuple[int, int, int]:
+        """Draw a clip of the video at a place of an epoch or, if it cannot be read, one more of the
+        next video that can: a step has as many clips on any number of ranks. DataError if none."""
+        order = self.order(epoch)
+        for i in range(len(order)):
+            other = order[(place + i) % len(order)]
+            draw = epoch, other, clip + i * self.clips_per_video
+            try:
+                self.clips([draw])
+                return draw
+            except DataError as error:
+                if (self.ids[other], str(error)) not in self.said:
+                    print(f"another clip is drawn instead: {error}", flush=True)
+                self.said.add((self.ids[other], str(error)))
+        raise DataError(f"no video of {len(order)} can be read, first {self.ids[order[0]]}")
 
     def clips(self, draws: list[tuple[int, int, int]]) -> Batch:
         """Draw clips (epoch, index into ids, clip number): a Batch with hidden tokens."""
@@ -517,7 +548,7 @@ def open_corpus(
         ids = [video for video in ids if video in sound]
     if not ids:
         raise DataError(f"{path}: none of its {len(listed)} videos has features and captions")
-    return Corpus(features, captions, ids, c, **settings), said
+    return Corpus(features, captions, ids, c, **settings, skip_bad=isinstance(bad, Bad)), said
 
 
 def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VLMConfig) -> Batch:
@@ -613,7 +644,8 @@ def main(argv: list[str] | None = None) -> int:
          "pack toy --out packed"),
     ):  # fmt: skip
         a = commands.add_parser(name, allow_abbrev=False, help=about, description=about,
-                                epilog=f"example: python data.py {example}")  # fmt: skip
+                                epilog=f"example: python data.py {example}",
+                                formatter_class=raw)  # fmt: skip
         add = a.add_argument
         if name == "toy":
             add("dir", type=Path, metavar="DIR", help="a new folder")

@@ -15,11 +15,10 @@ or lie in -1..1. Letters as in vlm.py, and N items, K candidates or labels.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,21 +30,25 @@ from torch import Tensor
 import captions
 import pictures
 import search
-from benchmarks import Clip, DataError
+from benchmarks import Clip
 from captions import caption_scores
 from data import Corpus, FeatureStore, pairs
-from keep import can_write
+from keep import can_write, write_json
+from loss import LossSums, nce
 from meteor import meteor_files
 from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces, whole
-from tasks import DATASETS, Item, Task, open_task
-from vlm import VLM, Batch, LossSums, load_run, nce, run
+from tasks import DATASETS, SPLITS, Item, Task, open_task
+from vlm import VLM, VLMConfig, load_run, run
 
 # ---------------------------------------------------------------------------------------------
 # Retrieval metrics (Tables 2 and 3)
 
 
 def as_good(score: Tensor, own: Tensor) -> Tensor:
-    """Tell which of score (.., N) are as good as own (.., 1): within 1e-9 of it is a tie."""
+    """Tell which of score (.., N) are as good as own (.., 1): within 1e-9 of it is a tie.
+
+    DEVIATION: ties count against the model; the authors' metric counts one text several times then.
+    """
     return score >= own - 1e-9 * own.abs()
 
 
@@ -540,7 +543,7 @@ def validate(
 
     Args:    corpus: held-out videos. loss: "vlm" or "mfm-mlm". batch: clips over all ranks.
              mmm: share of clips that lose a whole modality; at 1 every hidden token has to be read
-             from the other modality. ranks: loop.Ranks. batches: how many.
+             from the other modality. ranks: ranks.Ranks. batches: how many.
     Returns: nats a token, {"model" | "constant" | "chance": {"video", "text", "loss"}}. Constant:
              one prediction for all words (their own frequencies in these very clips, so that no
              other can beat it) and one for all seconds (the mean video token, at the best of
@@ -576,19 +579,6 @@ def validate(
     return {"model": whole.means(), "constant": constant.means(), "chance": chance}
 
 
-def draws(corpus: Corpus, clips: int, skip_bad: bool) -> Iterator[Batch]:
-    """Draw batches of 64 clips; where one cannot be read and skip_bad allows it, the others."""
-    for step in range(clips // 64):
-        try:
-            yield corpus.step(step, 64)
-        except DataError:
-            if not skip_bad:
-                raise
-            for n in range(64 * step, 64 * step + 64):
-                with contextlib.suppress(DataError):
-                    yield corpus.step(n, 1)
-
-
 QUESTION = 8  # word pieces of the texts that text_mean averages: the shortest clips' (sec. 5.2)
 
 
@@ -606,7 +596,7 @@ def beginnings(text: Tensor, text_valid: Tensor, sep: int, n: int) -> tuple[Tens
 
 
 @torch.no_grad()
-def set_means(model: VLM, corpus: Corpus, clips: int = 2048, skip_bad: bool = False) -> None:
+def set_means(model: VLM, corpus: Corpus, clips: int = 2048) -> None:
     """Fill the means of embed_video and embed_text over training clips, for the centred cosine.
 
     Their texts are cut to the length of a question. An embedding also tells how long its text is: a
@@ -617,8 +607,8 @@ def set_means(model: VLM, corpus: Corpus, clips: int = 2048, skip_bad: bool = Fa
     corpus = dataclasses.replace(corpus, mmm=0.0, clips_per_video=1)  # of as many videos as may be
     device = model.video_mean.device
     text, video = [], []
-    for batch in draws(corpus, clips, skip_bad):
-        batch = batch.to(device)
+    for step in range(clips // 64):
+        batch = corpus.step(step, 64).to(device)
         whole = batch.text_target, batch.text_valid
         text.append(model.embed_text(*beginnings(*whole, model.config.sep_token_id, QUESTION)))
         video.append(model.embed_video(batch.video, batch.video_valid))
@@ -644,6 +634,10 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     if name in ("segmentation", "localization"):
         how = "seconds from one window to the next (default: the paper's 16)"
         add("--stride", type=int, default=16, metavar="N", help=how)
+    if name == "localization":
+        how = "test by videos_val.csv, or as the authors do by all but those and 30 a task, for "
+        how += "Table 5 (default: what RUN was trained beside, else val)"
+        add("--split", choices=SPLITS, help=how)
     if name == "captioning":
         how = "beams, 1: greedy search (default: 5, the authors')"
         add("--beams", type=int, default=5, metavar="N", help=how)
@@ -658,6 +652,16 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--json", metavar="FILE", help="write the table to this file as JSON")
 
 
+def which_split(c: VLMConfig, args: argparse.Namespace) -> str:
+    """Choose localization's test videos: none that the run of config c has seen, or ValueError."""
+    seen = (c.split or "val") if c.task == "localization" else ""
+    asked = getattr(args, "split", None) or seen or "val"
+    if (seen, asked) == ("val", "authors"):
+        raise ValueError(f"--split authors tests by videos that {args.run} may have been trained "
+                         "on: fine-tune it with that flag too")  # fmt: skip
+    return asked
+
+
 def task_command(name: str, args: argparse.Namespace) -> int:
     """Evaluate a run on one task."""
     can_write(args.predictions, "--predictions")
@@ -665,7 +669,7 @@ def task_command(name: str, args: argparse.Namespace) -> int:
     model, tokenizer = load_run(args.run, args.device)
     features = fitting_features(args, model)
     task = open_task(name, args.data, features, getattr(args, "dataset", None), args.skip_bad,
-                     labels=model.config.labels)  # fmt: skip
+                     labels=model.config.labels, split=which_split(model.config, args))  # fmt: skip
     print("\n".join(task.said))
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Options)}
     options = Options(**{k: v for k, v in given.items() if v is not None})
@@ -675,23 +679,20 @@ def task_command(name: str, args: argparse.Namespace) -> int:
         print(f"\n{error_table(report, args.errors)}")
     if args.predictions:
         Path(args.predictions).write_text(json.dumps(report.answers.predictions) + "\n")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    write_json(args.json, report.to_json())
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one of this file's commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str, example: str) -> argparse.ArgumentParser:
         example = f"example: python eval.py {name} {example}"
         return commands.add_parser(name, allow_abbrev=False, help=about, description=about,
-                                   epilog=example)  # fmt: skip
+                                   epilog=example, formatter_class=raw)  # fmt: skip
 
     for name in DATASETS:
         about = ANSWER[name].__doc__.split("\n")[0]

@@ -49,7 +49,8 @@ class FeatureStore:
                 raise DataError(
                     f"{folder}: no such folder of features (.npy files or shards), nor a .pickle"
                 )
-            names = sorted(entry.name for entry in os.scandir(folder))
+            # hidden ones are left alone: macOS writes ._v.npy beside v.npy
+            names = sorted(e.name for e in os.scandir(folder) if not e.name.startswith("."))
             arrays = [name[:-4] for name in names if name.endswith(".npy")]
             shards = [folder / name for name in names if name.endswith(".safetensors")]
             if not arrays and not shards:
@@ -147,9 +148,9 @@ class FeatureStore:
                 bad(str(error))
         return found
 
-    def rows(self, video: str, index: np.ndarray, x=None) -> np.ndarray:
-        """Read seconds `index` (n,) of one video, `x` if it is open: (n, E) float32, all finite,
-        or DataError."""
+    def rows(self, video: str, index: np.ndarray, x: np.ndarray | None = None) -> np.ndarray:
+        """Read seconds `index` (n,) of one video, of x (seconds, E) if it is open already:
+        (n, E) float32, all finite, or DataError."""
         x = self.open(video) if x is None else x
         low = int(index.min()) if len(index) else 0
         high = int(index.max()) + 1 if len(index) else 0

@@ -5,13 +5,12 @@ ranks train the same model. What is drawn at random depends on (seed, step) or (
 clip) alone, so nothing random has to be saved.
 
 What one rank meets (a signal, a bad file, a full disk) all ranks learn of, and act on in the same
-step. What a run leaves behind is written by keep.py.
+step (ranks.py). What a run leaves behind is written by keep.py.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import gc
 import itertools
 import math
 import os
@@ -36,15 +35,14 @@ from keep import (
     Checkpoint,
     Log,
     Progress,
-    Stop,
-    Stopped,
-    cores,
     deaf_children,
     hold_pages,
     ignore_signals,
     last_checkpoint,
 )
-from vlm import VLM, Batch, LossSums
+from loss import LossSums
+from ranks import Ranks
+from vlm import VLM, Batch
 from weights import first_line
 
 # ---------------------------------------------------------------------------------------------
@@ -69,14 +67,16 @@ class LoopConfig:
         "a folder of .npy or shards, or a .pickle (default: DATA/features*)",
         metavar="DIR|FILE",
     )
-    skip_bad: bool = opt(False, "leave bad rows and ids out, counted, instead of stopping")
+    skip_bad: bool = opt(False, "leave bad rows, ids and clips out, counted or named, instead of "
+                                "stopping")  # fmt: skip
     workers: int = opt(0, "loader processes a rank; they change speed, never the numbers")
 
     bert: str | None = opt(None, "Hugging Face BERT: weights, config, vocabulary", "model", "DIR")
     scratch: bool = opt(False, "take --bert's sizes and vocabulary but random weights")
-    init: str | None = opt(None, "start from this run's weights (fine-tuning's default: the newest "
-                                 "finished one of train.py on DATA)", metavar="RUN")  # fmt: skip
-    dropout: float | None = opt(None, "dropout, 0..1 (default: toy 0, else the model's own)")
+    init: str | None = opt(None, "start from this run's weights", metavar="RUN")
+    dropout: float | None = opt(
+        None, "dropout, 0..1 (paper: BERT's 0.1; default: toy 0, else the model's own)"
+    )
 
     steps: int | None = opt(None, "steps (default: what --epochs give, see above)", "optimisation")
     epochs: float | None = opt(None, "passes over the training data (default: above; paper: 15)")
@@ -89,7 +89,7 @@ class LoopConfig:
         None, "peak rate of the video MLP, which starts new beside --bert (default: that of --lr)"
     )
     warmup: int | None = opt(
-        None, "warm-up steps (default: a tenth of all, at most the paper's 1000; fine-tuning 122)"
+        None, "warm-up steps (default: a tenth of all, at most the paper's 1000)"
     )
     decay_steps: int | None = opt(None, "step at which the linear decay ends (default: the last)")
     clip: float = opt(2.0, "gradients of a larger norm are scaled down to this (paper: 2.0)")
@@ -103,9 +103,7 @@ class LoopConfig:
     save_every: int | None = opt(
         None, "steps between checkpoints (default: 500, and at least five minutes)"
     )
-    log_every: int | None = opt(
-        None, "steps between log lines (default: a fiftieth of the run; fine-tuning: an epoch)"
-    )
+    log_every: int | None = opt(None, "steps between log lines (default: a fiftieth of the run)")
     json: str | None = opt(None, "write the final summary to this file too", metavar="FILE")
 
     def __post_init__(self):
@@ -148,9 +146,9 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
             continue
         kind = (typing.get_args(field.type) or (field.type,))[0]
         text, shown = about["help"], field.default
-        if shown is not None and shown is not False:  # at the end, in the brackets that are there
-            start = text[:-1] + "; " if text.endswith(")") else text + " ("
-            text = f"{start}default: {shown})"
+        if shown is not None and shown is not False:  # beside the paper's value, if that is there
+            beside = re.search(r"\((paper|the authors')[^()]*\)$", text)
+            text = f"{text[:-1]}; default: {shown})" if beside else f"{text} (default: {shown})"
         how = dict(help=text, default=argparse.SUPPRESS)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -164,155 +162,7 @@ def parse(Config: type, argv: list[str] | None = None, description: str = "") ->
 
 
 # ---------------------------------------------------------------------------------------------
-# Ranks
-
-
-@dataclass
-class Ranks:
-    """Who this process is among those that torchrun started; one alone without torchrun."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-    lock: typing.IO | None = None  # of the run directory
-
-    def __post_init__(self):
-        self.stop = Stop(speak=self.rank == 0)
-
-    def __enter__(self) -> "Ranks":
-        self.stop.watch()
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if self.lock:
-            self.lock.close()
-        if kind is None and dist.is_initialized():
-            gc.collect()  # what still holds the group would end it too late, and abort the process
-            dist.destroy_process_group()
-        self.stop.unwatch()
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Add x, of any shape, up over all ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Join x (P, D) of all ranks, in rank order, gradients included: (sum of P, D)."""
-        return _GatherRows.apply(x) if self.world > 1 else x
-
-    def share(self, value):
-        """Give every rank what rank 0 holds."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def first(self, do: Callable):
-        """Let rank 0 do something, and give every rank what came of it: a value, or its error."""
-        value = error = None
-        if self.rank == 0:
-            try:
-                value = do()
-            except (ValueError, OSError) as found:
-                error = found
-        value, error = self.share((value, error))
-        if error is not None:
-            raise error if not self.rank else of_rank(0, error)
-        return value
-
-    def every(self, do: Callable):
-        """Let every rank do something: its own value, or the first error that any met."""
-        value = error = None
-        try:
-            value = do()
-        except (ValueError, OSError) as found:
-            error = found
-        for rank, met in enumerate(self.all(error)):
-            if met is not None:
-                raise met if rank == self.rank else of_rank(rank, met)
-        return value
-
-    def all(self, value) -> list:
-        """Give every rank what each of them holds, in rank order."""
-        found = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(found, value)
-        return found
-
-    def agree(self, held: dict) -> None:
-        """Raise the same ValueError on every rank where one holds another value than rank 0."""
-        own, *others = self.all(held)
-        for rank, other in enumerate(others, 1):
-            for name in own | other:
-                if own.get(name) != other.get(name):
-                    raise ValueError(
-                        f"rank {rank} has {name} {other.get(name)}, rank 0 {own.get(name)}: start "
-                        "all ranks by the same command, with the same data and the same versions"
-                    )
-
-    def go_on(self) -> None:
-        """Raise Stopped on every rank if a signal asked any to stop."""
-        if self.sum(torch.tensor(int(self.stop.asked), device=self.device)):
-            raise Stopped
-
-    def wait(self) -> None:
-        """Let every rank come here before any goes on."""
-        if self.world > 1:
-            dist.barrier()
-
-    def say(self, line: str) -> None:
-        """Print on rank 0."""
-        if self.rank == 0:
-            print(line, flush=True)
-
-
-def of_rank(rank: int, error: Exception) -> Exception:
-    """Make an error that says on which rank it was met."""
-    kinds = (DataError, OSError)  # others may want more than a text
-    return next((k for k in kinds if isinstance(error, k)), ValueError)(f"on rank {rank}: {error}")
-
-
-def start_ranks() -> Ranks:
-    """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    # Every step has its own number of tokens, and oneDNN would keep code for 1,024 of them: 0.5 GB.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    elif (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
-        # torchrun gives each of several processes one thread, however many cores there are.
-        torch.set_num_threads(max(1, cores() // n))
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return Ranks(rank, world, device)
-
-
-class _GatherRows(torch.autograd.Function):
-    """Join the rows of all ranks; backward adds up what every rank's loss says about ours."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
-        dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
-        sizes = torch.cat(sizes).tolist()
-        ctx.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-        room = x.new_zeros(max(1, *sizes), x.shape[1])  # every rank must send as many rows
-        room[: len(x)] = x
-        rooms = [torch.empty_like(room) for _ in range(world)]
-        dist.all_gather(rooms, room)
-        return torch.cat([r[:n] for r, n in zip(rooms, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
-        if len(grad):
-            dist.all_reduce(grad)
-        return grad[ctx.mine]
+# One program on all ranks
 
 
 class Objective(nn.Module):
@@ -389,7 +239,8 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     if name == "auto":
         if device.type != "cuda":
             return torch.float32, "fp32, on a CPU"
-        if torch.cuda.get_device_capability(device) >= (8, 0):  # below it is imitated
+        # DEVIATION: the paper's fp16 needs its loss scaled, bf16 does not; below 8.0 it is imitated
+        if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16, "bf16, which this GPU has"
         return torch.float16, "fp16, for this GPU has no bf16"
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -447,6 +298,15 @@ class Steps(Dataset):
             return error
 
 
+def load(steps: Steps, workers: int, device: torch.device) -> Iterator[Batch | DataError]:
+    """Read ahead in `workers` processes, or here with 0; a GPU gets pinned batches."""
+    how = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    if workers:  # `draw` is handed on by fork, which newer Pythons have to be asked for
+        how |= dict(multiprocessing_context="fork")
+    with deaf_children():
+        return iter(DataLoader(steps, None, **how))
+
+
 def memory_mib(device: torch.device) -> float:
     """Return the peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -469,9 +329,59 @@ def clock(seconds: float) -> str:
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
 
-# Steps, and seconds, between checkpoints at least: all ranks wait for one, and at eight GPUs' rate
-# 500 steps take 21 seconds.
-SAVE_EVERY, SAVE_APART = 500, 300
+class Trainer:
+    """A model in training: its precision, its optimizer, and steps that all ranks take alike."""
+
+    def __init__(self, cfg: LoopConfig, ranks: Ranks, model: VLM, loss: Callable):
+        self.cfg, self.ranks, self.model, self.loss = cfg, ranks, model, loss
+        self.dtype, self.why = choose_precision(cfg.precision, ranks.device)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = adam(self.params, set(model.videomlp.parameters()), cfg.lr)
+        half = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(ranks.device.type, init_scale=128.0, enabled=half)
+
+    def facts(self) -> dict[str, object]:
+        """Return what all ranks must hold alike and a resumed run should."""
+        size, device = sum(p.numel() for p in self.params), self.ranks.device.type
+        facts = {"parameters": size, "torch": str(torch.__version__), "ranks": self.ranks.world}
+        return facts | {"device": device, "precision": str(self.dtype)}
+
+    def begin(self) -> None:
+        """Compile and wrap the model, whose weights are all there now, and say so."""
+        cfg, facts, world = self.cfg, self.facts(), self.ranks.world
+        self.objective = distribute(self.model, self.loss, self.ranks, cfg.compile)
+        self.model.train()
+        if facts["device"] == "cpu" and self.model.config.hidden_size < 512:
+            hold_pages()
+        self.ranks.say(f"training in {self.why}, {world} process{'es' * (world > 1)}, "
+                       f"{facts['parameters']:,} parameters")  # fmt: skip
+
+    def step(self, step: int, batches: list[Batch], counts: Tensor) -> tuple[list, float]:
+        """Go forward and backward, one micro-batch at a time, then along the gradient.
+
+        Args:    batches: this rank's, on the CPU. counts (2,): how much the step predicts of either
+                 kind, over all ranks and micro-batches.
+        Returns: ([(loss, batch)], the gradient's norm, in nats), by which alone all ranks see
+                 whether the step was taken; NaN without batches.
+        """
+        for group, peak in zip(
+            self.optimizer.param_groups, (self.cfg.lr, self.cfg.mlp_lr), strict=True
+        ):
+            group["lr"] = learning_rate(step, self.cfg, peak)
+        torch.manual_seed(mix(self.cfg.seed, step, self.ranks.rank))  # for dropout
+        parts, world, device = [], self.ranks.world, self.ranks.device
+        for i, batch in enumerate(batches):
+            batch = batch.to(device)
+            wait = world > 1 and i < self.cfg.accumulate - 1
+            with self.objective.no_sync() if wait else contextlib.nullcontext():
+                with autocast(device, self.dtype):
+                    sums = self.objective(batch)
+                # DDP averages gradients over ranks; the loss divides by the whole step's counts
+                self.scaler.scale(sums.value(*counts) * world).backward()
+            parts.append((sums, batch))
+        if not parts:
+            return parts, math.nan
+        return parts, update(self.optimizer, self.scaler, self.params, self.cfg.clip)
 
 
 def fit(
@@ -497,76 +407,27 @@ def fit(
     Raises:  ValueError after ten steps in a row without a finite loss and gradient; the DataError
              of whichever rank met one, on every rank; OSError where a checkpoint cannot be written.
     """
-    # ---- optimizer; what the last checkpoint holds of it, model and scaler; compile, then DDP
-    device, world = ranks.device, ranks.world
-    dtype, why = choose_precision(cfg.precision, device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adam(params, set(model.videomlp.parameters()), cfg.lr)
-    scaler = torch.amp.GradScaler(device.type, init_scale=128.0, enabled=dtype == torch.float16)
-    size = sum(p.numel() for p in params)
-    facts = facts | {"parameters": size, "torch": str(torch.__version__), "ranks": world}
-    facts |= {"device": device.type, "precision": str(dtype)}
-    kept = Checkpoint(out / "trainer.pt", model, optimizer, scaler, cfg, facts)
-    reached = kept.resume(ranks)
+    trainer = Trainer(cfg, ranks, model, loss)
+    kept = Checkpoint(out / "trainer.pt", model, trainer.optimizer, trainer.scaler, cfg,
+                      facts | trainer.facts(), save, ranks)  # fmt: skip
+    reached = kept.resume()
     if reached.step > cfg.steps:
         raise ValueError(
             f"--steps {cfg.steps}: {out} is at step {reached.step} already, ask for more"
         )
-    objective = distribute(model, loss, ranks, cfg.compile)
+    trainer.begin()
     log = Log(out / "log.jsonl", reached.step, ranks)
-    ranks.say(f"training in {why}, {world} process{'es' * (world > 1)}, {size:,} parameters")
-
-    # ---- the clock, the first checkpoint, the loader
-    if device.type == "cpu" and model.config.hidden_size < 512:
-        hold_pages()
-    model.train()
-    start, before, begun = reached.step, reached.seconds, time.monotonic()
-    total, bad_in_a_row = Totals(device, start, begun), 0
-
-    written = begun
-
-    def keep() -> None:
-        nonlocal written
-        reached.seconds = before + time.monotonic() - begun
-        kept.write(reached, save)
-        written = time.monotonic()
-
-    def due(step: int) -> bool:  # all ranks ask at the same steps, rank 0's clock answers
-        if step % (cfg.save_every or SAVE_EVERY):
-            return False
-        return bool(cfg.save_every) or ranks.share(time.monotonic() - written >= SAVE_APART)
-
+    start, begun = reached.step, time.monotonic()
+    total, bad_in_a_row = Totals(ranks.device, start, begun), 0
     if not start:  # a disk that cannot take it says so now, and --resume always can
-        ranks.first(keep)  # the file itself must not be asked for: rank 0 may have written it
-    with deaf_children():
-        steps = Steps(draw, start, cfg.steps, cfg.accumulate)
-        how = dict(num_workers=cfg.workers, pin_memory=device.type == "cuda")
-        if cfg.workers:  # `draw` is handed on by fork, which newer Pythons have to be asked for
-            how |= dict(multiprocessing_context="fork")
-        loader = iter(DataLoader(steps, None, **how))
+        kept.write()
+    loader = load(Steps(draw, start, cfg.steps, cfg.accumulate), cfg.workers, ranks.device)
     for step in range(start, cfg.steps):
-        # ---- set lr; dropout depends on (seed, step, rank) alone
-        for group, peak in zip(optimizer.param_groups, (cfg.lr, cfg.mlp_lr), strict=True):
-            group["lr"] = learning_rate(step, cfg, peak)
-        torch.manual_seed(mix(cfg.seed, step, ranks.rank))
-
-        # ---- the step's batches and, over all ranks and micro-batches, how much they predict
         batches, counts, stop_now, unread = read_step(loader, cfg, count, ranks)
+        parts, norm = trainer.step(step, batches, counts)
+        done = reached.step = step + 1
 
-        # ---- forward and backward, one micro-batch at a time
-        parts = []
-        for i, batch in enumerate(batches):
-            batch = batch.to(device)
-            wait = world > 1 and i < cfg.accumulate - 1
-            with objective.no_sync() if wait else contextlib.nullcontext():
-                with autocast(device, dtype):
-                    sums = objective(batch)
-                # DDP averages gradients over ranks; the loss divides by the whole step's counts
-                scaler.scale(sums.value(*counts) * world).backward()
-            parts.append((sums, batch))
-
-        # ---- clip, step; all ranks hold the same gradients, so all skip or none does
-        norm = update(optimizer, scaler, params, cfg.clip) if parts else math.nan
+        # ---- all ranks hold the same gradients, so all skip a step or none does
         if math.isfinite(norm):
             total.add(parts)
             bad_in_a_row = 0
@@ -575,30 +436,29 @@ def fit(
         if bad_in_a_row == 10:
             cause = unread or "their loss or gradient was not finite"
             raise ValueError(
-                f"ten steps in a row were skipped, the last one step {step + 1}: {cause}; "
+                f"ten steps in a row were skipped, the last one step {done}: {cause}; "
                 f"the last good checkpoint is {last_checkpoint(out)}"
             )
 
         # ---- log
-        done = reached.step = step + 1
         now = time.monotonic()
         if done % cfg.log_every == 0 or done == cfg.steps:
             left = (now - begun) / (done - start) * (cfg.steps - done)
-            lr = optimizer.param_groups[0]["lr"]
+            lr = trainer.optimizer.param_groups[0]["lr"]
             row = log_row(total, ranks, reached, now=now, lr=lr, grad=norm, left=left)
             log(row, log_line(row, cfg.steps))
-            total = Totals(device, done, now)
+            total = Totals(ranks.device, done, now)
 
         # ---- validate, save
         checked = check is not None and check(done, log)
         if checked:
             model.train()
             total.since += time.monotonic() - now
-        if done == cfg.steps or stop_now or checked or due(done):
-            ranks.first(keep)
+        if done == cfg.steps or stop_now or checked or kept.due(done):
+            kept.write()
         if stop_now:
             break
-    reached.seconds = before + time.monotonic() - begun
+    kept.count_seconds()
     return reached
 
 

@@ -283,7 +283,7 @@ def index_paraphrases(path: Path) -> np.ndarray:
     """Read the table's lines "chance", "phrase", "put as" into two rows of hashes.
 
     Returns: (2, rows) uint64, ordered by the phrase, rows of one phrase as they stand in the file.
-    Raises:  DataError when the file is another one.
+    Raises:  DataError when the file is another one (a ValueError inside says how).
     """
     hashes = [bytearray(), bytearray()]
     try:

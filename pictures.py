@@ -10,7 +10,6 @@ Letters as in vlm.py.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import Clip
 from data import Corpus, FeatureStore, open_data, pairs
+from keep import read_log
 from search import fitting_features
 from tasks import DATASETS, open_task
 from vlm import KINDS, VLM, Batch, attention_mask, load_run
@@ -57,9 +57,9 @@ def save(figure, path: str | Path) -> None:
 USED = {  # what each mask is for, and what stands in the place of the modality that is not there
     "full": "pre-training (sec. 3)",
     "retrieval": "video and text apart (sec. 4.1)",
-    "segmentation": "a window and a dummy text (sec. 4.2)",
-    "localization": "video or a step, beside a dummy (sec. 4.3)",
-    "qa": "video or an answer, beside a dummy (sec. 4.4)",
+    "segmentation": "video alone, its text a dummy (sec. 4.2)",
+    "localization": "video or a step, the other a dummy (sec. 4.3)",
+    "qa": "video or an answer, the other a dummy (sec. 4.4)",
     "captioning": "a word sees the words before it (sec. 4.5)",
 }
 
@@ -217,18 +217,18 @@ def plot_heads(
         axis.set_axis_off()
     for axis, (layer, head) in zip(axes.flat, chosen, strict=False):
         axis.set_axis_on()
-        axis.imshow(weights[layer, 0, head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+        seen = weights[layer, 0, head]
+        axis.imshow(seen.sqrt().numpy(), cmap="Blues", vmin=0)
         for edge in (0.5, V + 0.5, V + 1.5):  # [CLS] | video | [SEP] | text
             axis.axhline(edge, color=ORANGE, lw=0.6)
             axis.axvline(edge, color=ORANGE, lw=0.6)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         axis.set_yticks(range(len(names)), names, fontsize=size)
         crossed = f"{share[layer, head]:.0%} to the other modality"
-        axis.set_title(f"layer {layer + 1}, head {head + 1}: {crossed}", fontsize=11)
-    figure.suptitle(
-        f"{clip.video}: rows look at columns; darker is more (square root of attention)",
-        fontsize=12,
-    )
+        title = f"layer {layer + 1}, head {head + 1}: {crossed}, darkest {seen.max():.0%}"
+        axis.set_title(title, fontsize=11)
+    said = f"{clip.video}: rows look at columns; darker is more (square root of attention, each "
+    figure.suptitle(f"{said}head by its own largest)", fontsize=12)
     save(figure, path)
     plt.close(figure)
     return [(layer + 1, head + 1) for layer, head in chosen]
@@ -272,10 +272,15 @@ def plot_space(
     left.legend(markerscale=3)
     left.set_title("video tokens and word embeddings")
     own, own_share = plane(words.float().cpu())  # the words spread out on axes of their own
-    right.scatter(*own.numpy().T, s=6, color=ORANGE, alpha=0.4, lw=0)
+    right.scatter(*own.numpy().T, s=18, color=ORANGE, alpha=0.8, lw=0)
+    room = (own.amax(0) - own.amin(0)) * torch.tensor([0.12, 0.03])  # that a name takes
+    named: list[int] = []
     for i in times.argsort(descending=True)[:40].tolist():
-        right.annotate(tokenizer.id_to_token(int(ids[i])), own[i].tolist(), fontsize=9)
-    right.set_title("the words on axes of their own, the 40 commonest named")
+        if not any(((own[i] - own[j]).abs() < room).all() for j in named):
+            right.annotate(tokenizer.id_to_token(int(ids[i])), own[i].tolist(), fontsize=9,
+                           xytext=(4, 2), textcoords="offset points")  # fmt: skip
+            named.append(i)
+    right.set_title(f"the words on axes of their own, {len(named)} of the commonest named")
     for axis, (first, second) in ((left, share), (right, own_share)):
         axis.set_xlabel(f"first principal axis ({first:.0%} of the variance)")
         axis.set_ylabel(f"second ({second:.0%})")
@@ -297,7 +302,7 @@ def plot_curves(run: str | Path, path: str) -> None:
     if not log.exists():
         raise ValueError(f"{log}: no such file: --run wants a directory that train.py left")
     try:
-        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        rows = read_log(log)
         losses = [r for r in rows if r.get("loss") is not None and "step" in r]
         checks = [r for r in rows if "validation" in r]
         steps = np.array([r["step"] for r in losses])

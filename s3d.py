@@ -374,6 +374,7 @@ def at_30_fps(frames: Iterator[tuple], origin: Fraction | None = None) -> Iterat
         yield from (shown for _ in range(slot, max(place, 1)))
 
 
+# DEVIATION: the authors' extraction leaves phone videos lying on their side
 def upright(rgb: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Turn and mirror rgb (H, W, 3) as its file's display matrix (9,) asks, 16.16 fixed.
 

@@ -4,7 +4,7 @@ The corpus is synthetic, packed, of HowTo100M's proportions (sec. 5.1.1): 390 se
 captions a video. How every row of bench.py is measured stands here too: A and B in turn, medians.
 """
 
-import json
+import itertools
 import os
 import re
 import statistics
@@ -21,6 +21,7 @@ import torch
 from safetensors.numpy import save_file
 
 from data import Captions, Corpus, open_captions, open_corpus, open_features, special_ids
+from keep import read_log
 from loop import memory_mib
 from toy import write_toy, write_vocabulary
 from vlm import VLMConfig, load_tokenizer
@@ -108,7 +109,7 @@ def flat(root: Path, args) -> list[dict]:
         corpora[videos, shards] = open_root(part)
 
     def draw(corpus: Corpus) -> Callable:
-        turn = iter(range(10**9))
+        turn = itertools.count()
         return lambda: [corpus.step(next(turn), 256) for _ in range(8)]
 
     for name, few, all_, what in (
@@ -145,13 +146,13 @@ def start_up(root: Path, args) -> list[dict]:
 def first_batch(root: Path) -> tuple[float, float, float]:
     """Open a corpus in a fresh process: seconds in all, peak MiB, MiB held beside mapped files."""
     begun = time.perf_counter()
-    code = f"import scale; scale.hold({str(root)!r})"
+    code = f"import scale; scale.show_memory({str(root)!r})"
     me = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     done = subprocess.run([sys.executable, "-c", code], **me)
     return time.perf_counter() - begun, *map(float, done.stdout.split())
 
 
-def hold(root: str) -> None:
+def show_memory(root: str) -> None:
     """Draw a batch, then print peak memory, and memory now without mapped files, in MiB."""
     corpus = open_root(Path(root))
     corpus.step(0, 256)
@@ -196,5 +197,5 @@ def train_rate(folder: Path, ranks: int, name: str) -> float:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = [sys.executable, *me, *flags.split()]
     subprocess.run(done, cwd=folder, env=env, check=True, capture_output=True)
-    log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    log = read_log(folder / name / "log.jsonl")
     return statistics.mean(x["clips_per_s"] for x in log if x.get("step", 0) > 4)

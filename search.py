@@ -9,11 +9,9 @@ product (unbounded) after, as sec. 4.1 trains it.
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import Clip
 from data import FeatureStore, encode, lay_out_video, open_features, pairs
-from keep import can_write
+from keep import can_write, write_json
 from tasks import spans
 from vlm import VLM, load_run
 
@@ -34,7 +32,10 @@ from vlm import VLM, load_run
 def embed_clips(
     model: VLM, tokenizer: Tokenizer, features: FeatureStore, clips: list[Clip], size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Embed each clip's text and video apart (sec. 4.1), `size` clips at a time: (N, D), (N, D)."""
+    """Embed each clip's text and video apart, `size` clips at a time: (N, D), (N, D).
+
+    Apart (sec. 4.1), for neither may know which clip or text it is to be compared with.
+    """
     device = model.video_mean.device
     text, video = [], []
     for i in range(0, len(clips), size):
@@ -209,7 +210,5 @@ def command(args: argparse.Namespace) -> int:
     wide = max(len(m.video) for m in rows[: args.top])
     for n, m in enumerate(rows[: args.top], 1):
         print(f"{n:>4}  {m.video:{wide}}  {m.when}  {m.score:8.3f}")
-    if args.json:
-        table = [dataclasses.asdict(m) | {"when": m.when} for m in rows]
-        Path(args.json).write_text(json.dumps(table, indent=1) + "\n")
+    write_json(args.json, [dataclasses.asdict(m) | {"when": m.when} for m in rows])
     return 0

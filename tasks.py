@@ -11,7 +11,7 @@ The paper's sizes, by which to tell a whole benchmark from a part of one:
     MSR-VTT      200K clip-text pairs of 10K videos, 20 a training clip; tested by 1,000 pairs
     YouCook2     9,473 clip-text pairs of 1,222 videos to train on, 3,305 of 430 to test by
     COIN         46,354 segments of 11,827 videos (476 hours); 778 labels and the background
-    CrossTask    540 videos to train on, 1,690 to test by
+    CrossTask    540 videos to train on, 1,690 to test by (the authors' split)
 
 What an item needs and does not have is left out, counted and said. Letters as in vlm.py.
 """
@@ -103,7 +103,7 @@ def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
 def open_task(
     name: str, data: str | Path, features: FeatureStore, dataset: str | None = None,
     skip_bad: bool = False, held_out: float = 0.0, labels: list[str] = (), stride: int = 16,
-    train_videos: int = 30, seed: int = 0, join: int = 1,
+    train_videos: int = 30, split: str = "val", seed: int = 0, join: int = 1,
 ) -> Task:  # fmt: skip
     """Read one task's files.
 
@@ -111,9 +111,11 @@ def open_task(
              skip_bad: count bad rows and go on. held_out: share of the training videos that
              becomes `val`, chosen by seed. labels: a run's label ids, which are then the classes.
              stride: seconds from one training window to the next. train_videos: localization's
-             training videos of a task (the authors' 30; 540 in all, sec. 5.4). join: sentences
-             that make up one text of a held-out MSR-VTT clip, as in training (finetune.py).
-    Raises:  DataError for a missing folder or file, a bad row, or when no test item is left.
+             training videos of a task (the authors' 30; 540 in all, sec. 5.4). split: its SPLITS.
+             join: sentences that make up one text of a held-out MSR-VTT clip, as in training
+             (finetune.py).
+    Raises:  DataError for a missing folder or file, a bad row, or when no test item is left;
+             ValueError for a share or split that cannot be.
     """
     data = Path(data)
     dataset, bad = choose_dataset(name, data, dataset), Bad() if skip_bad else stop
@@ -125,7 +127,8 @@ def open_task(
     if name == "segmentation":
         _segmentation(task, read_coin(folder, bad), held_out, list(labels), stride, rng)
     elif name == "localization":
-        _localization(task, read_crosstask(folder, bad), held_out, stride, train_videos, rng)
+        found = read_crosstask(folder, bad)
+        _localization(task, found, held_out, stride, train_videos, split, rng)
     else:
         read = read_msrvtt if dataset == "msrvtt" else read_youcook2
         _pairs(task, read(folder, bad), held_out, rng, join)
@@ -138,7 +141,8 @@ def open_task(
     if not task.test:
         raise DataError(f"{folder}: nothing to test {name} by: {why_none(task, False)}")
     sizes = f"{len(task.train)} to train on, {len(task.val)} to validate, {len(task.test)} to test"
-    task.said.insert(0, f"{name} on {dataset}: {sizes}")
+    where = f"{dataset}, --split {split}" if name == "localization" else dataset
+    task.said.insert(0, f"{name} on {where}: {sizes}")
     return task
 
 
@@ -331,17 +335,47 @@ def _segmentation(task: Task, found: dict, held_out: float, labels: list, stride
         )
 
 
+# Of CrossTask. DEVIATION: by videos_val.csv, which names its videos; or as `authors_split` says
+SPLITS = ("val", "authors")
+
+
+def authors_split(task: Task, found: dict, train_videos: int) -> tuple[list, list]:
+    """Split CrossTask's pairs of a task and a video as for the paper's rows: (training, test).
+
+    The authors' code, as CrossTask's own, leaves the pairs of videos_val.csv out, draws a primary
+    task's training videos by NumPy's old generator, seed 0, and tests by all that are left.
+    """
+    rng, held_back = np.random.RandomState(0), set(found["validation"])
+    videos: dict[str, list[str]] = {}  # in the order in which videos.csv first has a task
+    for name, video in found["listed"]:
+        if video in task.features and (name, video) in found["steps"]:
+            videos.setdefault(name, [])
+            videos[name] += [video] * ((name, video) not in held_back)
+    training, test = [], []
+    for name, vs in videos.items():
+        chosen = range(len(vs))
+        if name in found["primary"] and len(vs) > train_videos:
+            chosen = rng.choice(len(vs), train_videos, replace=False)
+        training += [(name, vs[i]) for i in chosen]
+        test += [(name, vs[i]) for i in sorted({*range(len(vs))} - {*chosen})]
+    if not test:
+        most = max(map(len, videos.values()), default=0)
+        task.said.append(f"test videos: none left, for --split authors trains on {train_videos} of "
+                         f"a task, and none has more than {most}")  # fmt: skip
+    return training, test
+
+
 def _localization(
-    task: Task, found: dict, held_out: float, stride: int, train_videos: int, rng
+    task: Task, found: dict, held_out: float, stride: int, train_videos: int, split: str, rng
 ) -> None:
     """Fill action step localization from CrossTask (sec. 4.3): test on the pairs of videos_val.csv,
-    train on the other annotated ones."""
+    train on other annotated ones, drawn by rng; or the authors' split. ValueError for another."""
 
     primary_tasks = set(found["primary"])
 
-    def open_videos(split: str) -> dict[str, list[Item]]:
+    def open_videos(split: str, pairs: list[tuple[str, str]]) -> dict[str, list[Item]]:
         """Return {task: its annotated primary videos}."""
-        primary = [(t, v) for t, v in found[split] if t in primary_tasks]
+        primary = [(t, v) for t, v in pairs if t in primary_tasks]
         annotated = [(t, v) for t, v in primary if found["steps"].get((t, v))]
         if len(annotated) < len(primary):
             n = len(primary) - len(annotated)
@@ -353,9 +387,10 @@ def _localization(
             texts, n = tuple(found["tasks"][clip.key]), len(task.features.open(clip.video))
             truth = np.zeros((n, len(texts)), dtype=bool)
             for step, start, end in found["steps"][clip.key, clip.video]:
-                truth[seconds_of(start, end, n), step] = True
+                seen = seconds_of(start, end, n)
+                truth[seen, step] = True
                 late += start >= n
-                short += start == end < n
+                short += seen.start == seen.stop < n
             unseen += not truth.any()
             if truth.any():
                 item = Item(replace(clip, end=float(n)), texts, truth=truth)
@@ -367,7 +402,13 @@ def _localization(
                 task.said.append(f"{split} videos: {many} {what}")
         return out
 
-    train, test = open_videos("training"), open_videos("validation")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
+    training, tested = found["training"], found["validation"]
+    if split == "authors":
+        training, tested = authors_split(task, found, train_videos)
+    train = open_videos("training", training)
+    test = open_videos("test" if split == "authors" else "validation", tested)
     chosen = [
         items[i]
         for items in train.values()

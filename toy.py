@@ -82,11 +82,11 @@ class World:
         """Draw one of a list."""
         return words[self.rng.integers(len(words))]
 
-    def dish(self, steps: int = 6) -> list[Step]:
-        """Draw a task of training steps about two objects, done with two tools."""
+    def dish(self) -> list[Step]:
+        """Draw a task of six training steps about two objects, done with two tools."""
         things, tools = ([int(self.rng.integers(n)) for _ in range(2)] for n in (24, 8))
         good = [s for s in self.train if s[1] in things and s[2] in tools]
-        return [self.pick(good) for _ in range(steps)]
+        return [self.pick(good) for _ in range(6)]
 
     def view(self, step: Step) -> np.ndarray:
         """A step's clean feature (WIDTH,): a fixed non-linear mix of its three concepts."""

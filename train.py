@@ -17,7 +17,6 @@ precision, schedule and checkpoints, stands in loop.py.
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import platform
@@ -25,6 +24,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,10 +34,21 @@ from torch import Tensor
 from benchmarks import DataError
 from data import Corpus, Data, open_data, open_features, special_ids
 from eval import set_means, validate, zero_shot_retrieval
-from keep import Progress, Stopped, append, can_write, fingerprint, hold, read_checkpoint
-from loop import LoopConfig, Ranks, clock, fit, launch, opt, start_ranks
+from keep import (
+    Progress,
+    Stopped,
+    append,
+    can_write,
+    fingerprint,
+    hold,
+    read_checkpoint,
+    write_json,
+)
+from loop import LoopConfig, clock, fit, launch, opt
+from loss import LossSums
+from ranks import Ranks, start_ranks
 from toy import write_toy
-from vlm import VLM, Batch, LossSums, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
+from vlm import VLM, Batch, VLMConfig, load_bert, load_run, load_tokenizer, run, save_run
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -53,8 +64,10 @@ class TrainConfig(LoopConfig):
     clips_per_video: int | None = opt(
         None, "clips of one video in a batch (default: toy 2; paper 32)"
     )
-    layers: int = opt(3, "without --bert and --init: layers of a new, random BERT", "model")
-    width: int = opt(128, "without --bert and --init: hidden size; heads are 32 wide")
+    layers: int = opt(
+        3, "without --bert and --init: layers of a new, random BERT (paper: 12)", "model"
+    )
+    width: int = opt(128, "without them: hidden size, a multiple of 32 (paper: 768)")
     loss: str = opt("vlm", "masked token loss (Eq. 8) or L_MFM-MLM (Eq. 7)", "objective",
                     choices=("vlm", "mfm-mlm"))  # fmt: skip
     mmm: float = opt(0.5, "share of clips, 0..1, that lose a whole modality (paper: 0.5)")
@@ -158,15 +171,19 @@ def named_after(cfg: LoopConfig, run: Path) -> bool:
 def newest_run(cfg: LoopConfig) -> Path:
     """Find the newest run of this name, which --resume without --out means; ValueError if none."""
     runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named_after(cfg, p.parent)]
-    if not runs:
-        raise ValueError("--resume: no run with a trainer.pt under runs/; name one with --out")
-    return max(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime)
+    for path in sorted(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime, reverse=True):
+        data = read_checkpoint(path / "trainer.pt")["config"].get("data", cfg.data)
+        if Path(data).resolve() == Path(cfg.data).resolve():  # runs/a-2 may be of a or of a-2
+            return path
+    raise ValueError("--resume: no run with a trainer.pt under runs/ that was trained on "
+                     f"{cfg.data}: name one with --out")  # fmt: skip
 
 
 def run_directory(cfg: LoopConfig, ranks: Ranks) -> Path:
     """Choose or check the run directory, and lock it on rank 0; all ranks learn which.
 
-    Raises: ValueError for a new run in another one's, or one that another process has.
+    Raises: ValueError for a new run in another one's, or one that another process has; OSError
+            where it cannot be made.
     """
 
     def choose() -> Path:
@@ -310,6 +327,8 @@ def pre_train(cfg: TrainConfig, ranks: Ranks) -> dict:
     cfg.out = str(out)
     # What a loss never reads, DDP must not wait for: a classifier of --init, and biases in Eq. 9.
     model.set_labels([])
+    if not cfg.resume:  # means of --init are another model's after a step
+        model.video_mean.zero_(), model.text_mean.zero_()
     model.to(ranks.device)
     model.cls["predictions"].bias.requires_grad_(cfg.loss == "mfm-mlm")
     c = model.config
@@ -335,23 +354,25 @@ def pre_train(cfg: TrainConfig, ranks: Ranks) -> dict:
     reached = fit(
         cfg, ranks, model, out=out, loss=loss, count=count, draw=draw, save=save, facts=facts
     )
-    try:
-        if reached.step < cfg.steps:
-            raise Stopped
-        return finish(cfg, ranks, model, tokenizer, data, out, reached)
-    except Stopped:
-        return stopped(reached, ranks, f"torchrun train.py --resume --out {shlex.quote(str(out))}")
+    end = partial(finish, cfg, ranks, model, tokenizer, data, out, reached)
+    return ended(cfg, ranks, reached, end, "train.py")
 
 
-def stopped(reached: Progress, ranks: Ranks, command: str) -> dict:
-    """Say how a run that a signal stopped goes on; return its summary."""
-    ranks.say(f"stopped at step {reached.step}; to go on: {command}")
+def ended(
+    cfg: LoopConfig, ranks: Ranks, reached: Progress, finish: Callable[[], dict], program: str
+) -> dict:
+    """Finish a run, or say how one that a signal stopped goes on; return its summary."""
+    with contextlib.suppress(Stopped):
+        if reached.step == cfg.steps:
+            return finish()
+    again = f"torchrun {program} --resume --out {shlex.quote(cfg.out)}"
+    ranks.say(f"stopped at step {reached.step}; to go on: {again}")
     return {"final": False, "steps": reached.step}
 
 
 def finish(cfg, ranks, model: VLM, tokenizer, data: Data, out: Path, reached: Progress) -> dict:
     """Evaluate the model, save it with its means, log the summary; Stopped if a signal comes."""
-    set_means(model, data.train, skip_bad=cfg.skip_bad)
+    set_means(model, data.train)
     summary = {"final": True, "steps": cfg.steps, "loss": None, "chance": None}
     if data.val:
         titles = {
@@ -392,8 +413,7 @@ def conclude(cfg: LoopConfig, ranks: Ranks, out: Path, summary: dict, reached: P
     if ranks.rank == 0:
         with open(out / "log.jsonl", "a") as f:
             append(f, summary)
-        if cfg.json:
-            Path(cfg.json).write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(cfg.json, summary)
     skipped = f", {reached.skipped} steps skipped" if reached.skipped else ""
     ranks.say(f"\n{clock(reached.seconds)} of training{skipped}; the model is in {out}")
 

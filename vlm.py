@@ -5,8 +5,9 @@
     segment    0      0              0       1 ..
 
 Sec. 3 and 4, to be read from top to bottom: a batch, attention masks (Figure 3), what VLM adds to
-BERT (bert.py), Eq. 9, the whole model: encoding, captions, both pre-training losses. Which tokens
-are hidden (sec. 3.2, 3.3, Figure 2) says data.hide; weights come and go through weights.py.
+BERT (bert.py), the whole model: encoding, captions, both pre-training losses (whose sums are in
+loss.py). Which tokens are hidden (sec. 3.2, 3.3, Figure 2) says data.hide; weights come and go
+through weights.py.
 
     python vlm.py masks                 draws the six attention masks in the terminal (instantly)
     python vlm.py convert CHECKPOINT --bert BERT --out RUN      the authors' release as a run
@@ -21,7 +22,6 @@ must be predicted; `attend (B, L, L)`: the row may look at the column.
 
 import argparse
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks import DataError
 from bert import Bert, Layer, VLMConfig, pad, square
 from keep import run
+from loss import LossSums, nce, nce_in_chunks
 from weights import (
     LoadReport,
     convert,
@@ -50,7 +50,8 @@ from weights import (
 
 __all__ = [  # other files' and scripts' one address for the model
     "VLM", "Batch", "LoadReport", "LossSums", "VLMConfig", "attention_mask", "load_bert",
-    "load_mmpt", "load_run", "load_tokenizer", "read_tensors", "run", "save_run", "write_aside",
+    "load_mmpt", "load_run", "load_tokenizer", "nce", "read_tensors", "run", "save_run",
+    "write_aside",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
@@ -96,8 +97,8 @@ class Batch:
 # ---------------------------------------------------------------------------------------------
 # Attention masks (Figure 3): one isolated mask used four ways, one triangle, one full square
 
-# Sec. 4.2-4.4 put a dummy token beside a lone modality. It stands in the other square, which nobody
-# of this one looks at: encode_video and encode_text leave it out (footnote 2).
+# DEVIATION: sec. 4.2-4.4 put a dummy token beside a lone modality. It stands in the other square,
+# which nobody of this one looks at: encode_video and encode_text leave it out (footnote 2).
 ISOLATED = ("retrieval", "segmentation", "localization", "qa")
 KINDS = ("full", *ISOLATED, "captioning")
 
@@ -171,105 +172,49 @@ class PredictionHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Noise contrastive estimation (Eq. 6 and 9)
-
-# Logits held at a time, above which rows go chunk by chunk: 64 MiB on a CPU, where each chunk costs
-# another gradient of D; on a GPU 1 GiB, which holds those of the paper's batch twice over.
-LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**28}
+# Beam search (sec. 4.5)
 
 
-def wide(x: Tensor) -> Tensor:
-    """x, any shape -> x in fp32 or better, as large sums and dot products want it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class Beams:
+    """The hypotheses of B clips, of which the best `beams` go on; knows words, no model.
 
-
-def nce(e: Tensor, pools: list[Tensor], own=None, index=None, bias=None) -> Tensor:
-    """Take -log [ exp(x_s.e_s) / (exp(x_s.e_s) + sum_j exp(x_j.e_s)) ] of each row (Eq. 6 and 9).
-
-    Args:    e (M, D): predictions. pools: candidates x_j, (P, D) each, as [V', D]; a copy that
-             joined them would cost as much as the sum. The true x_s of the first rows is own
-             (M_v, D), each a candidate of its row alone; that of the others is row index (M_t,)
-             int64 of the last pool. bias (P,) is added to the last pool's logits.
-    Returns: (M,) nats, fp32 or better.
-
-    >>> e, V_, D = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2, 2)  # all look alike
-    >>> round(float(nce(e, [V_, D], own=e).exp()))  # four candidates: the truth, V' and two words
-    4
-    """
-    own = e[:0] if own is None else own
-    logits = [wide(F.linear(e, x)) for x in pools]  # (M, P) each: x_j . e_s
-    if bias is not None:
-        logits[-1] = logits[-1] + bias
-    # log of the sum over j; of torch.stack(..).logsumexp(0) PyTorch 2.13 compiles a wrong gradient
-    total = functools.reduce(torch.logaddexp, [x.logsumexp(1) for x in logits])
-    true = (wide(own) * wide(e[: len(own)])).sum(1)  # x_s . e_s
-    losses = torch.logaddexp(true, total[: len(own)]) - true
-    if index is None:
-        return losses
-    # x_s and D without s are together D: exp(x_s.e_s) stands in the sum over j already
-    words = total[len(own) :] - logits[-1][len(own) :].gather(1, index[:, None])[:, 0]
-    return torch.cat([losses, words])
-
-
-def nce_in_chunks(
-    e: Tensor, pools: list, own=None, index=None, bias=None, at_once=None, compiled=None
-) -> Tensor:
-    """Take `nce`, or `compiled`, of e (M, D), at most at_once logits or one row at a time: (M,).
-
-    Each chunk's logits are thrown away after its sum and computed again in backward.
-    """
-    at_once = at_once or LOGITS_AT_ONCE["cpu" if e.device.type == "cpu" else "other"]
-    rows = max(1, at_once // max(1, sum(map(len, pools))))
-    whole = compiled or nce
-    if rows >= len(e):
-        return whole(e, pools, own, index, bias)
-    losses, M_v = [], 0 if own is None else len(own)
-    for i in range(0, len(e), rows):
-        first = None if own is None else own[i : i + rows]
-        others = None if index is None else index[max(0, i - M_v) : max(0, i + rows - M_v)]
-        again = dict(use_reentrant=False, preserve_rng_state=False)
-        losses.append(checkpoint(whole, e[i : i + rows], pools, first, others, bias, **again))
-    return torch.cat(losses)
-
-
-@dataclass
-class LossSums:
-    """A pre-training loss as sums and counts, so that ranks and micro-batches divide by the whole.
-
-    video_sum, text_sum: summed -log NCE of hidden tokens (nats); video_count, text_count: how many.
-    video_chance, text_chance: log of the number of candidates, the loss of knowing nothing.
+    words (B, k, t) int64, score (B, k): k open hypotheses a clip, sums of log-probabilities.
     """
 
-    video_sum: Tensor
-    video_count: Tensor
-    text_sum: Tensor
-    text_count: Tensor
-    video_chance: float
-    text_chance: float
-    joint: bool  # True: one mean over both kinds (Eq. 8); False: the sum of two means (Eq. 7)
+    def __init__(self, B: int, beams: int, sep: int, device):
+        self.beams, self.sep = beams, sep
+        self.words = torch.zeros(B, 1, 0, dtype=torch.long, device=device)
+        self.score = torch.zeros(B, 1, device=device)
+        self.done: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
 
-    def value(self, video_count: Tensor | None = None, text_count: Tensor | None = None) -> Tensor:
-        """Divide by video_count, text_count, scalars () (default: this batch's own): nats a token.
+    def grow(self, logp: Tensor) -> Tensor:
+        """Give every open hypothesis a next word, and keep the best: which one each grew from.
 
-        Nothing hidden: 0.
+        Args:    logp (B, k, W): log-probabilities of the next word piece.
+        Returns: origin (B, k'), 0..k-1.
         """
-        video = self.video_count if video_count is None else video_count
-        text = self.text_count if text_count is None else text_count
-        if self.joint:
-            return (self.video_sum + self.text_sum) / (video + text).clamp(min=1)
-        return self.video_sum / video.clamp(min=1) + self.text_sum / text.clamp(min=1)
+        total = (self.score[:, :, None] + logp).flatten(1)  # (B, k W)
+        # Of 2 x beams continuations at most k <= beams end, so `beams` that go on are there.
+        best, index = total.topk(min(2 * self.beams, total.shape[1]))
+        origin, token = index // logp.shape[2], index % logp.shape[2]
+        ends = token == self.sep
+        for b, rank in (ends & (best > -math.inf)).nonzero().tolist():
+            if rank < self.beams and len(self.done[b]) < self.beams:
+                text = self.words[b, origin[b, rank]].tolist()
+                self.done[b].append((float(best[b, rank]) / (len(text) + 1), text))
+        self.score, keep = best.masked_fill(ends, -math.inf).topk(min(self.beams, best.shape[1]))
+        origin, token = origin.gather(1, keep), token.gather(1, keep)
+        clip = torch.arange(len(logp), device=logp.device)[:, None]
+        self.words = torch.cat([self.words[clip, origin], token[:, :, None]], 2)
+        return origin
 
-    def chance(self) -> float:
-        """Return `value()` of a model that finds all candidates equally likely."""
-        video = self.video_count.double() * self.video_chance
-        text = self.text_count.double() * self.text_chance
-        return float(dataclasses.replace(self, video_sum=video, text_sum=text).value())
+    def over(self) -> bool:
+        """Say whether every clip has `beams` hypotheses that ended."""
+        return all(len(d) == self.beams for d in self.done)
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of each kind, and `value()`, which joins them: nats a token."""
-        video = self.video_sum / self.video_count.clamp(min=1)
-        text = self.text_sum / self.text_count.clamp(min=1)
-        return {"video": float(video), "text": float(text), "loss": float(self.value())}
+    def best(self) -> list[list[int]]:
+        """Return each clip's words of the highest score a word, [SEP] counted."""
+        return [max(d, key=lambda found: found[0])[1] for d in self.done]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -550,6 +495,7 @@ class VLM(nn.Module):
         step all continuations of a clip's open hypotheses are ranked by that sum: those among the
         first `beams` that end in [SEP] are done, the best `beams` of the others go on. A clip is
         done with `beams` hypotheses, or when all have `max_new_tokens` pieces and must end.
+        DEVIATION: the authors' limit of 24, and their divisor, count three prompt ids too.
 
         Args:    video (B, V, E), V <= max_video_len; video_valid (B, V).
         Returns: each clip's word pieces, at most max_new_tokens, no special token among them.
@@ -562,16 +508,16 @@ class VLM(nn.Module):
                 f"1..{c.max_text_len - 1}"
             )
         past, real = self.remember(video, video_valid)
-        special = [c.pad_token_id, c.unk_token_id, c.cls_token_id, c.mask_token_id]
         banned = torch.zeros(c.vocab_size, device=device)
-        banned[special] = -math.inf
-        last = torch.full((B, 1), c.cls_token_id, device=device)  # (B, k): k open hypotheses
-        score = torch.zeros(B, 1, device=device)  # (B, k): sums of log-probabilities
-        words = torch.zeros(B, 1, 0, dtype=torch.long, device=device)  # (B, k, t)
+        banned[[c.pad_token_id, c.unk_token_id, c.cls_token_id, c.mask_token_id]] = -math.inf
+        must_end = torch.full_like(banned, -math.inf)
+        must_end[c.sep_token_id] = 0
+        search = Beams(B, beams, c.sep_token_id, device)
+        last = torch.full((B, 1), c.cls_token_id, device=device)  # (B, k): each one's last word
+        clip = torch.arange(B, device=device)[:, None]
         # A clip's hypotheses are k queries that share its cache; which keys are its own ancestors'
         # is a mask, so that choosing among beams moves no key and no value.
         attend = real[:, None, :]  # (B, k, V + 2 + all text tokens so far)
-        done: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
         for t in range(max_new_tokens + 1):
             k = last.shape[1]
             itself = torch.eye(k, dtype=torch.bool, device=device).expand(B, k, k)
@@ -580,28 +526,12 @@ class VLM(nn.Module):
             real = torch.ones(B, k, dtype=torch.bool, device=device)
             x = self.word_tokens(last)
             h = self.bert(x, place, torch.ones_like(place), real, attend, past)  # (B, k, D)
-            step = self.word_logits(h).float().log_softmax(2) + banned  # (B, k, W)
-            if t == max_new_tokens:  # every hypothesis must end now
-                only = torch.full_like(banned, -math.inf)
-                only[c.sep_token_id] = 0
-                step = step + only
-            total = (score[:, :, None] + step).flatten(1)  # (B, k W)
-            # Of 2 x beams continuations at most k <= beams end, so `beams` that go on are there.
-            best, index = total.topk(min(2 * beams, total.shape[1]))
-            origin, token = index // c.vocab_size, index % c.vocab_size
-            ends = token == c.sep_token_id
-            for b, rank in (ends & (best > -math.inf)).nonzero().tolist():
-                if rank < beams and len(done[b]) < beams:
-                    text = words[b, origin[b, rank]].tolist()
-                    done[b].append((float(best[b, rank]) / (t + 1), text))
-            if t == max_new_tokens or all(len(d) == beams for d in done):
+            logp = self.word_logits(h).float().log_softmax(2) + banned  # (B, k, W)
+            origin = search.grow(logp + must_end if t == max_new_tokens else logp)
+            if search.over():
                 break
-            score, keep = best.masked_fill(ends, -math.inf).topk(min(beams, best.shape[1]))
-            origin, last = origin.gather(1, keep), token.gather(1, keep)  # (B, k)
-            clip = torch.arange(B, device=device)[:, None]
-            words = torch.cat([words[clip, origin], last[:, :, None]], 2)
-            attend = attend[clip, origin]
-        return [max(d, key=lambda found: found[0])[1] for d in done]
+            last, attend = search.words[:, :, -1], attend[clip, origin]
+        return search.best()
 
     # -- pre-training ------------------------------------------------------------------------
 
@@ -631,7 +561,8 @@ class VLM(nn.Module):
         hidden = video_hidden[batch.video_valid]
         x_video = own[hidden]  # (M_v, D): targets
         x_text = batch.text_target[text_hidden]  # (M_t,): targets, as rows of D
-        V_ = own[~hidden]  # V': un-hidden video tokens of the whole batch, all ranks'
+        # V': un-hidden video tokens of the whole batch. DEVIATION: all ranks'; theirs are one GPU's
+        V_ = own[~hidden]
         # Before Eq. 3, for nonzero, and the count of others' rows, make the CPU wait for all that a
         # GPU was given.
         V_ = V_ if gather is None else gather(V_)
@@ -699,16 +630,18 @@ def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    a = commands.add_parser("masks", allow_abbrev=False, epilog="example: python vlm.py masks",
-                            help="draw the six masks (Figure 3, and the full one)")  # fmt: skip
+    about = "draw the six masks (Figure 3, and the full one)"
+    a = commands.add_parser("masks", allow_abbrev=False, help=about, description=about,
+                            epilog="example: python vlm.py masks", formatter_class=raw)  # fmt: skip
     how = "video tokens, one a second (default: 4)"
     a.add_argument("--video", type=int, default=4, metavar="N", help=how)
     how = "text tokens with their [SEP] (default: 4)"
     a.add_argument("--text", type=int, default=4, metavar="N", help=how)
+    about = "turn the authors' fairseq checkpoint into a run"
     a = commands.add_parser(
-        "convert", allow_abbrev=False, help="turn the authors' fairseq checkpoint into a run",
-        epilog="example: python vlm.py convert checkpoint_best.pt --bert bert-base-uncased --out "
-               "runs/release",
+        "convert", allow_abbrev=False, help=about, description=about, formatter_class=raw,
+        epilog="example:\n  python vlm.py convert checkpoint_best.pt --bert bert-base-uncased "
+               "--out RUN",
     )  # fmt: skip
     a.add_argument("checkpoint", type=Path, help="checkpoint_best.pt, as released")
     a.add_argument("--out", type=Path, required=True, metavar="RUN", help="a new run directory")

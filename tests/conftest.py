@@ -1,4 +1,4 @@
-"""What several test files need: the toy world, and where real data may lie."""
+"""What several test files need: the toy world, a run on it, and where real data may lie."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import meteor
+import train
+from tests.runs import config
 from toy import write_toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -38,6 +40,23 @@ def small_toy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "toy"
     write_toy(folder, scale=0.05)
     return folder
+
+
+@pytest.fixture(scope="session")
+def a_run(small_toy, tmp_path_factory) -> Path:
+    """Pre-train a tiny run of four steps."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    sizes = dict(width=32, layers=2, batch=8, steps=4, log_every=1)
+    train.main(train.TrainConfig(data=str(small_toy), out=str(out), **sizes))
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole(small_toy, tmp_path_factory) -> Path:
+    """A run that nobody disturbs: to compare with, and to start fine-tuning from."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.main(config(small_toy, out))
+    return out
 
 
 @pytest.fixture(scope="session")

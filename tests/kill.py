@@ -1,11 +1,12 @@
-"""Kill train.py at random moments, go on each time, and compare with a run that nobody killed.
+"""Kill train.py and finetune.py at random moments, go on, and compare with runs nobody killed.
 
     python tests/kill.py --kills 30 --seed 0          five to ten minutes on two cores
 
 Three kinds of death by SIGKILL, in turn: at any moment after the start (in the imports too), in the
 middle of writing a checkpoint (while a .partial file is there), and, under torchrun, of one of two
-ranks. After each, the last checkpoint must be whole; at the end the weights, the optimizer's state
-and the logged losses must be those of the uninterrupted run, bit for bit. Exit code 0: they are.
+ranks. After each, the last checkpoint must be whole; at the end the weights (in fine-tuning also
+the best epoch's), the optimizer's state, the logged losses, validations and tables must be those of
+the uninterrupted run, bit for bit. Exit code 0: they are.
 """
 
 import argparse
@@ -27,33 +28,39 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from keep import read_checkpoint, read_log  # noqa: E402
+from tests.runs import command  # noqa: E402
 from toy import write_toy  # noqa: E402
+from weights import read_tensors  # noqa: E402
 
-SETTINGS = "--width 32 --layers 1 --batch 8 --save-every 1 --log-every 1 --dropout 0.1".split()
+TRAIN = ["train.py", "--width", "32", "--layers", "1"]
+TUNE = ["finetune.py", "qa", "--held-out", "0.3", "--init"]
+SETTINGS = "--batch 8 --save-every 1 --log-every 1 --dropout 0.1".split()
 
 
 class Run:
-    """A run of train.py in `out`, killed and gone on with until it is done."""
+    """A run of `program` in `out`, killed and gone on with until it is done."""
 
-    def __init__(self, data: Path, out: Path, steps: int, ranks: int, rng: np.random.Generator):
-        self.data, self.out, self.steps, self.ranks, self.rng = data, out, steps, ranks, rng
+    def __init__(
+        self, program: list[str], data: Path, out: Path, steps: int, ranks: int,
+        rng: np.random.Generator,
+    ):  # fmt: skip
+        self.program, self.data, self.out, self.steps = program, data, out, steps
+        self.ranks, self.rng = ranks, rng
         self.killed = {"any moment": 0, "writing": 0, "one rank": 0}
         self.left_half = self.began_again = 0
 
     def start(self) -> subprocess.Popen:
         """Start the run, or go on with it if it has a checkpoint."""
-        args = ["--data", str(self.data), "--steps", str(self.steps), *SETTINGS]
+        file, *args = self.program
+        args += ["--data", str(self.data), "--steps", str(self.steps), *SETTINGS]
         if (self.out / "trainer.pt").exists():
-            args = ["--resume"]
+            args = [*self.program[1:2], "--resume"] if file == "finetune.py" else ["--resume"]
         elif self.out.exists():
             self.began_again += 1
-        launcher = [sys.executable]
-        if self.ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [f"--nproc_per_node={self.ranks}"]
-        command = [*launcher, str(REPO / "train.py"), "--out", str(self.out), *args]
+        ranks = self.ranks if self.ranks > 1 else 0
+        made = command(*args, "--out", str(self.out), ranks=ranks, script=REPO / file)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        return subprocess.Popen(made, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, env=environment, start_new_session=True)  # fmt: skip
 
     def finish(self) -> None:
@@ -117,7 +124,10 @@ def differ(a: Path, b: Path) -> list[str]:
     for i, state in one["optimizer"]["state"].items():
         other = two["optimizer"]["state"][i]
         found += [f"optimizer {i} {k}" for k in state if not torch.equal(state[k], other[k])]
-    keys = ("step", "loss", "video", "text", "lr", "grad", "skipped", "val", "retrieval")
+    best = [read_tensors(run / "model.safetensors") for run in (a, b)]
+    found += [f"best {k}" for k, x in best[0].items() if not torch.equal(x, best[1][k])]
+    keys = ("step", "loss", "video", "text", "lr", "grad", "skipped", "val", "retrieval", "model",
+            "validation", "best_step", "held_out")  # fmt: skip
     logs = [[[row.get(k) for k in keys] for row in read_log(run / "log.jsonl")] for run in (a, b)]
     if json.dumps(logs[0]) != json.dumps(logs[1]):
         found.append("log.jsonl")
@@ -139,19 +149,22 @@ def main(argv: list[str] | None = None) -> int:
     rng = np.random.default_rng(args.seed)
     write_toy(folder / "world", scale=0.05)
     bad = []
-    for ranks, kinds in ((1, ("any moment", "writing")), (2, ("one rank", "any moment"))):
-        kills = args.kills // 3 if ranks == 2 else args.kills - args.kills // 3
+    third, alone, tune = args.kills // 3, ("any moment", "writing"), [*TUNE, str(folder / "whole0")]
+    plan = [(TRAIN, 1, args.kills - 2 * third, alone), (tune, 1, third, alone[::-1]),
+            (TRAIN, 2, third, ("one rank", "any moment"))]  # fmt: skip
+    for i, (program, ranks, kills, kinds) in enumerate(plan):
         steps = 10 * kills + 10
-        whole = Run(folder / "world", folder / f"whole{ranks}", steps, ranks, rng)
+        whole = Run(program, folder / "world", folder / f"whole{i}", steps, ranks, rng)
         whole.finish()
-        cut = Run(folder / "world", folder / f"cut{ranks}", steps, ranks, rng)
+        cut = Run(program, folder / "world", folder / f"cut{i}", steps, ranks, rng)
         for n in range(kills):
             cut.kill(kinds[n % len(kinds)], 10 * n + int(rng.integers(1, 10)))
         cut.finish()
         found = differ(whole.out, cut.out)
         bad += found
-        print(f"{ranks} process{'es' * (ranks > 1)}, {steps} steps, killed: {cut.killed}; "
-              f"{cut.left_half} times with half a file left, {cut.began_again} times begun again; "
+        print(f"{program[0]}, {ranks} process{'es' * (ranks > 1)}, {steps} steps, killed: "
+              f"{cut.killed}; {cut.left_half} times with half a file left, {cut.began_again} times "
+              "begun again; "
               + (f"other ranks ended within {cut.slowest:.0f} s; " if ranks > 1 else "")
               + (f"DIFFERENT: {found[:3]}" if found else "equal bit for bit")
               + f" ({time.monotonic() - begun:.0f} s)", flush=True)  # fmt: skip

@@ -1,6 +1,7 @@
 """The ablations: the commands that are run, what is gone on with, and what the tables say."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,6 +178,23 @@ def test_another_meteor_is_not_set_beside_the_papers(tmp_path):
     assert "| METEOR (exact+stem) |" in (text := table(found, "captioning"))
     assert "paper: METEOR" not in text and "paper: ROUGE-L" in text
     assert "METEOR" not in {p["metric"] for p in order(found)[0]}
+
+
+def test_flags_for_fine_tuning_reach_the_tasks_that_have_them(tmp_path):
+    """Catches a plan that ends after hours of pre-training, for a flag of captioning alone."""
+    tune = "--tokenizer ptb --lr 0.1 --meteor-data=D --join-captions 2"
+    plan = Plan(tmp_path, ["mmm0"], [0], SETTINGS | dict(tune=tune))
+    assert plan.command("mmm0", 0, "captioning")[-7:] == shlex.split(tune)
+    assert plan.command("mmm0", 0, "retrieval")[-4:] == ["--lr", "0.1", "--join-captions", "2"]
+    out = ["--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    for flags, why in ((["--tune", "--stride 8"], "--stride is for neither retrieval nor"),
+                       (["--tune", "--lr -1"], "--lr is -1.0, wanted more than 0"),
+                       (["--train", "--mmm 2"], "--mmm is 2.0, wanted 0..1")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            bench.main(["ablation", *out, *flags])
+    with pytest.raises(SystemExit):
+        bench.main(["ablation", *out, "--tune", "--unknown 1"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_can_be_had_at_any_time(tmp_path, capsys, monkeypatch):

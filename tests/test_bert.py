@@ -82,6 +82,13 @@ def test_config_defaults_are_the_papers_bert_base():
     assert c.num_labels == 0 and c.type_vocab_size == 2 and c.max_position_embeddings == 512
 
 
+def test_the_papers_sizes_have_the_papers_110_million_parameters():
+    """Table 1; counted on the model itself, and by the sizes alone to within biases."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in VLM(VLMConfig()).parameters())
+    assert n // 10**6 == 110 and abs(VLMConfig().parameters - n) < n / 100
+
+
 def test_config_json_keeps_known_keys_and_refuses_what_this_bert_cannot_do(tmp_path):
     """Catches unknown Hugging Face keys that crash, and a ReLU BERT that runs as a GELU one."""
     file = tmp_path / "config.json"

@@ -351,6 +351,19 @@ def test_damage_inside_packed_captions_is_met_where_it_is_drawn(packed, name, va
     assert data.main(["check", str(packed)]) == 1 and "are damaged" in capsys.readouterr().out
 
 
+def test_damaged_word_pieces_are_said_of_the_video_that_has_them(packed):
+    """Catches the first video of a batch named in place of another one."""
+    captions = captions_of(packed)
+    n = int(captions.first_caption[7])  # the first caption of the eighth video
+    path = packed / "captions" / "tokens.npy"
+    tokens = np.load(path)
+    tokens[captions.first_token[n]] = 60000
+    np.save(path, tokens)
+    captions, lo = captions_of(packed), captions.first_caption[[3, 7, 5]]
+    with pytest.raises(DataError, match=f"captions of {captions.ids[7]} are .* near caption {n}:"):
+        captions.check(lo, lo + 2, 1000)
+
+
 # ---- weights, vocabularies, configurations
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -33,7 +34,7 @@ from eval import (
     set_means,
     validate,
 )
-from loop import Ranks
+from ranks import Ranks
 from tasks import DATASETS, Item, Task, open_task, windows
 from vlm import VLM, VLMConfig, load_tokenizer
 
@@ -305,6 +306,24 @@ def test_every_table_has_chance_a_constant_and_the_json_of_the_design(small, sma
     assert len(report.answers.predictions) == len(task.test)
     assert "chance" in str(report) and str(len(task.test)) in str(report)
     assert "errors, the first" in error_table(report, 2)
+
+
+def test_errors_are_the_texts_of_the_clips_that_came_first(small, small_toy):
+    """Tables 10 and 11: each wrong first answer beside its question, and no right one."""
+    model, tokenizer, _ = small
+    task = open_task("retrieval", small_toy, open_features(small_toy))
+    report = evaluate(model, tokenizer, task, Options())
+    text, video = embed_clips(model, tokenizer, task.features, [i.clip for i in task.test])
+    wanted = []
+    for n, item in enumerate(task.test):
+        first = max(range(len(video)), key=lambda k: float(text[n].double() @ video[k].double()))
+        if first != n:
+            wanted.append((item.clip.text, task.test[first].clip.text, item.clip.text))
+    assert report.answers.errors == wanted and len(wanted) > 2
+    table = error_table(report, 2)
+    assert table.startswith(f"{len(wanted)} errors, the first 2\n")
+    shown = re.findall(r"^ +(?:query|text of the clip that came first)  (.*)$", table, re.M)
+    assert shown == [text for row in wanted[:2] for text in row[:2]]
 
 
 def test_constants_and_chance_by_hand(small, small_toy):

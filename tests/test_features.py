@@ -31,6 +31,14 @@ def test_arrays_of_every_pickle_protocol_are_read(arrays, tmp_path, protocol):
     assert np.array_equal(store.rows("b", np.array([8, 2, 2])), arrays["b"][[8, 2, 2]])
 
 
+def test_hidden_files_beside_features_are_left_alone(arrays, tmp_path):
+    """macOS writes ._v.npy beside v.npy on other systems' disks: one made all unreadable."""
+    np.save(tmp_path / "v.npy", arrays["a"])
+    for name in ("._v.npy", "._shard.safetensors"):
+        (tmp_path / name).write_bytes(b"attributes")
+    assert [*FeatureStore(tmp_path).place] == ["v"]
+
+
 class Evil:
     """Run a command when opened by a reader that trusts the file."""
 

@@ -19,34 +19,12 @@ from benchmarks import DataError
 from data import open_features
 from eval import Options, evaluate
 from finetune import LOSS, TuneConfig, collate, contrast, count, draw_items, main, quality
-from loop import Ranks
+from ranks import Ranks
 from tasks import DATASETS, open_task
+from tests.runs import REPO, RESUME, command, flags, on_two_ranks, rows, tuning, weights
 from tests.two_ranks import gradients
 from train import TrainConfig
 from vlm import load_run, read_tensors, save_run
-
-REPO = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def pre_trained(small_toy, tmp_path_factory) -> Path:
-    """A tiny run to start from: one step of pre-training."""
-    out = tmp_path_factory.mktemp("runs") / "toy"
-    sizes = dict(width=32, layers=1, batch=8, steps=1)
-    train.main(TrainConfig(data=str(small_toy), out=str(out), **sizes))
-    return out
-
-
-def config(small_toy, pre_trained, out, task: str, **settings) -> TuneConfig:
-    """Two epochs of the miniature world."""
-    settings = dict(epochs=2, batch=8, held_out=0.2, init=str(pre_trained)) | settings
-    return TuneConfig(data=str(small_toy), out=str(out), task=task, **settings)
-
-
-def rows(run: Path) -> list[dict]:
-    """Read a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
 
 # ---- the losses
 
@@ -91,11 +69,11 @@ def by_loop(model, batch, name: str) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("name", ["retrieval", "qa", "segmentation", "localization"])
-def test_losses_equal_slow_loops(small_toy, pre_trained, name):
+def test_losses_equal_slow_loops(small_toy, whole, name):
     """Value, count and gradients in float64; catches a pool that counts padding, labels that slip
     by a second, steps of another video's task, a query that is taken for a key."""
     task = open_task(name, small_toy, open_features(small_toy))
-    cfg = train.settle(config(small_toy, pre_trained, "x", name), set(), {"dropout": 0.0}, {})
+    cfg = train.settle(tuning(small_toy, "x", whole, name), set(), {"dropout": 0.0}, {})
     model, tokenizer = finetune.start_model(cfg, task, print)
     model = model.double().train()
     items = [group[0] for group in task.train[:: max(1, len(task.train) // 7)]][:7]
@@ -114,10 +92,10 @@ def test_losses_equal_slow_loops(small_toy, pre_trained, name):
         assert x is None or torch.allclose(x, y, rtol=1e-8, atol=1e-10)
 
 
-def test_steps_of_another_videos_task_are_not_asked(small_toy, pre_trained):
+def test_steps_of_another_videos_task_are_not_asked(small_toy, whole):
     """Two tasks in a batch: every window has labels for its own task's steps alone."""
     task = open_task("localization", small_toy, open_features(small_toy))
-    model, tokenizer = load_run(pre_trained)
+    model, tokenizer = load_run(whole)
     by_task = {group[0].clip.key: group[0] for group in task.train}
     items = list(by_task.values())
     batch = collate(task, items, tokenizer, model.config)
@@ -185,9 +163,9 @@ def test_joined_captions_are_a_clips_own_in_the_files_order(small_toy):
 
 
 @pytest.mark.parametrize("task", list(DATASETS))
-def test_every_task_runs_from_end_to_end(small_toy, pre_trained, tmp_path, capsys, task):
+def test_every_task_runs_from_end_to_end(small_toy, whole, tmp_path, capsys, task):
     """A run directory that opens, a best epoch that is the log's best, the table of eval.py."""
-    cfg = config(small_toy, pre_trained, tmp_path / "run", task, json=str(tmp_path / "s.json"))
+    cfg = tuning(small_toy, tmp_path / "run", whole, task, json=str(tmp_path / "s.json"))
     summary = main(cfg)
     said, log = capsys.readouterr().out, rows(tmp_path / "run")
     assert (
@@ -202,18 +180,18 @@ def test_every_task_runs_from_end_to_end(small_toy, pre_trained, tmp_path, capsy
     again = open_task(task, small_toy, open_features(small_toy), labels=model.config.labels)
     report = evaluate(model, tokenizer, again, Options())
     assert report.to_json()["model"] == summary["model"]
-    start, tuned = read_tensors(pre_trained / "model.safetensors"), model.state_dict()
+    start, tuned = read_tensors(whole / "model.safetensors"), model.state_dict()
     moved = {k for k in start if not torch.equal(start[k], tuned[k])}
     assert "videomlp.linear1.weight" in moved
     assert ("cls.predictions.bias" in moved) == (task == "captioning")
     assert ("classifier.weight" in tuned) == (task == "segmentation")
 
 
-def test_the_best_epoch_is_kept_not_the_last(small_toy, pre_trained, tmp_path, monkeypatch):
+def test_the_best_epoch_is_kept_not_the_last(small_toy, whole, tmp_path, monkeypatch):
     """Validation says 0.2, 0.9, 0.9, 0.1: the weights left behind are those after three epochs."""
     values, saved = iter([0.2, 0.9, 0.9, 0.1]), []
     monkeypatch.setattr(finetune, "quality", lambda *a: ("accuracy", next(values)))
-    cfg = config(small_toy, pre_trained, tmp_path / "run", "qa", epochs=4)
+    cfg = tuning(small_toy, tmp_path / "run", whole, "qa", epochs=4)
     save = finetune.save_run
 
     def spy(out, model, tokenizer):
@@ -226,35 +204,35 @@ def test_the_best_epoch_is_kept_not_the_last(small_toy, pre_trained, tmp_path, m
     assert len(saved) == 4 and summary["best_step"] == steps[2]  # the first: before any step
     left = read_tensors(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(left[k], saved[3][k]) for k in left)
-    last = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["model"]
+    last = weights(tmp_path / "run")
     assert any(not torch.equal(left[k], last[k]) for k in left)
 
 
 def test_an_epoch_is_tried_as_the_test_will_be_but_by_greedy_search(
-    small_toy, pre_trained, tmp_path, monkeypatch
+    small_toy, whole, tmp_path, monkeypatch
 ):
     """Catches a best epoch that is chosen by another stride or tokenizer than it is tested by."""
     asked, plain = [], finetune.ANSWER["segmentation"]
     spy = lambda *args: asked.append(args[-1]) or plain(*args)  # noqa: E731
     monkeypatch.setitem(finetune.ANSWER, "segmentation", spy)
     settings = dict(epochs=1, stride=8, tokenizer="ptb")
-    main(config(small_toy, pre_trained, tmp_path / "run", "segmentation", **settings))
+    main(tuning(small_toy, tmp_path / "run", whole, "segmentation", **settings))
     found = [(options.stride, options.tokenizer, options.beams) for options in asked]
     assert found == [(8, "ptb", 1), (8, "ptb", 5)]
 
 
-def test_without_held_out_videos_the_last_weights_are_kept(small_toy, pre_trained, tmp_path):
-    summary = main(config(small_toy, pre_trained, tmp_path / "run", "qa", held_out=0.0))
+def test_without_held_out_videos_the_last_weights_are_kept(small_toy, whole, tmp_path):
+    summary = main(tuning(small_toy, tmp_path / "run", whole, "qa", held_out=0.0))
     left = read_tensors(tmp_path / "run" / "model.safetensors")
-    last = torch.load(tmp_path / "run" / "trainer.pt", weights_only=True)["model"]
+    last = weights(tmp_path / "run")
     assert all(torch.equal(left[k], last[k]) for k in left) and summary["held_out"] is None
 
 
-def test_many_short_epochs_are_not_each_validated(small_toy, pre_trained, tmp_path, monkeypatch):
+def test_many_short_epochs_are_not_each_validated(small_toy, whole, tmp_path, monkeypatch):
     """A dozen items are an epoch a step: hundreds of validations, and a checkpoint after each."""
     monkeypatch.setattr(finetune, "MOST", 3)
     many = dict(limit=8, epochs=7, batch=8)
-    main(config(small_toy, pre_trained, tmp_path / "run", "qa", **many))
+    main(tuning(small_toy, tmp_path / "run", whole, "qa", **many))
     assert [r["step"] for r in rows(tmp_path / "run") if "validation" in r] == [3, 6, 7]
 
 
@@ -271,12 +249,10 @@ def test_epochs_are_compared_by_the_tasks_metric():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["retrieval", "captioning", "localization"])
-def test_two_processes_have_the_gradients_of_one(small_toy, pre_trained, tmp_path, task):
+def test_two_processes_have_the_gradients_of_one(small_toy, whole, tmp_path, task):
     """Catches negatives that stay on their rank, a gather without gradients, a mean of means."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    where = f"{small_toy}:{pre_trained}"
-    args = ["-m", "tests.two_ranks", where, task, str(tmp_path / "two.pt")]
-    subprocess.run([*torchrun, *args], cwd=REPO, check=True, capture_output=True)
+    where = f"{small_toy}:{whole}"
+    on_two_ranks(where, task, str(tmp_path / "two.pt"))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     one, total = gradients(where, task, Ranks())
     assert two["grads"].keys() == one.keys()
@@ -286,11 +262,11 @@ def test_two_processes_have_the_gradients_of_one(small_toy, pre_trained, tmp_pat
 
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
-    small_toy, pre_trained, tmp_path, monkeypatch
+    small_toy, whole, tmp_path, monkeypatch
 ):
     """Bit for bit, and the best epoch before the kill is still known after it."""
-    settings = dict(epochs=4, save_every=2, log_every=1)
-    main(config(small_toy, pre_trained, tmp_path / "whole", "captioning", **settings))
+    settings = dict(epochs=4, save_every=2)
+    main(tuning(small_toy, tmp_path / "whole", whole, "captioning", **settings))
     draw = finetune.draw_items
 
     class Killed(Exception):
@@ -303,12 +279,11 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(finetune, "draw_items", die)
-        main(config(small_toy, pre_trained, tmp_path / "cut", "captioning", **settings))
+        main(tuning(small_toy, tmp_path / "cut", whole, "captioning", **settings))
     step = torch.load(tmp_path / "cut" / "trainer.pt", weights_only=True)["step"]
     assert 0 < step <= 8
-    main(TuneConfig(task="captioning", out=str(tmp_path / "cut"), resume=True), {"out", "resume"})
-    a, b = (torch.load(tmp_path / n / "trainer.pt", weights_only=True)["model"]
-            for n in ("whole", "cut"))  # fmt: skip
+    main(TuneConfig(task="captioning", out=str(tmp_path / "cut"), resume=True), RESUME)
+    a, b = (weights(tmp_path / n) for n in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     keys = ("step", "loss", "validation", "best_step", "model")
     one, two = ([[r.get(k) for k in keys] for r in rows(tmp_path / n)] for n in ("whole", "cut"))
@@ -320,14 +295,12 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
 # ---- the video MLP's own rate
 
 
-def test_the_video_mlp_alone_takes_mlp_lr_and_keeps_it_after_resuming(
-    small_toy, pre_trained, tmp_path
-):
+def test_the_video_mlp_alone_takes_mlp_lr_and_keeps_it_after_resuming(small_toy, whole, tmp_path):
     """Adam's first step moves a weight by its rate: 1e-2 in the MLP, 1e-6 elsewhere."""
     settings = dict(epochs=1, batch=60, lr=1e-6, mlp_lr=1e-2, warmup=0, held_out=0.0)
-    run = config(small_toy, pre_trained, tmp_path / "a", "qa", **settings)
+    run = tuning(small_toy, tmp_path / "a", whole, "qa", **settings)
     main(run)
-    before, after = (load_run(p)[0].state_dict() for p in (pre_trained, tmp_path / "a"))
+    before, after = (load_run(p)[0].state_dict() for p in (whole, tmp_path / "a"))
     moved = {k: float((after[k] - before[k]).abs().max()) for k in after}
     assert {k for k, x in moved.items() if x > 1e-4} == {k for k in moved if "videomlp" in k}
     rows = {"out": str(tmp_path / "a"), "resume": True, "steps": 3, "mlp_lr": 5e-3}
@@ -339,49 +312,47 @@ def test_the_video_mlp_alone_takes_mlp_lr_and_keeps_it_after_resuming(
 # ---- where it starts
 
 
-def test_features_of_another_width_get_a_new_video_mlp(small_toy, pre_trained, tmp_path, capsys):
+def test_features_of_another_width_get_a_new_video_mlp(small_toy, whole, tmp_path, capsys):
     """A run that read 64 columns is taken over to features of 5, its BERT as it was."""
     world = shutil.copytree(small_toy, tmp_path / "world")
     for path in (world / "features").glob("*.npy"):
         np.save(path, np.load(path)[:, :5])
-    main(config(world, pre_trained, tmp_path / "run", "qa"))
+    main(tuning(world, tmp_path / "run", whole, "qa"))
     assert "features are 5 wide, the run" in capsys.readouterr().out
     assert load_run(tmp_path / "run")[0].config.video_dim == 5
 
 
-def test_another_task_replaces_the_classifier(small_toy, pre_trained, tmp_path):
+def test_another_task_replaces_the_classifier(small_toy, whole, tmp_path):
     """From a segmentation run on: qa keeps none of it, other labels start a new one."""
     first = tmp_path / "seg"
-    main(config(small_toy, pre_trained, first, "segmentation"))
-    main(config(small_toy, first, tmp_path / "qa", "qa"))
+    main(tuning(small_toy, first, whole, "segmentation"))
+    main(tuning(small_toy, tmp_path / "qa", first, "qa"))
     model, _ = load_run(tmp_path / "qa")
     assert model.config.num_labels == 0 and model.classifier is None
     world = shutil.copytree(small_toy, tmp_path / "world")
     path = world / "coin" / "COIN.json"
     path.write_text(path.read_text().replace('"id": "3"', '"id": "333"'))
-    main(config(world, first, tmp_path / "other", "segmentation"))
+    main(tuning(world, tmp_path / "other", first, "segmentation"))
     assert "333" in load_run(tmp_path / "other")[0].config.labels
 
 
-def test_pre_training_goes_on_from_a_tuned_run_without_its_classifier(
-    small_toy, pre_trained, tmp_path
-):
+def test_pre_training_goes_on_from_a_tuned_run_without_its_classifier(small_toy, whole, tmp_path):
     """Two ranks would wait for the gradient of a classifier that no loss reads."""
-    main(config(small_toy, pre_trained, tmp_path / "seg", "segmentation", epochs=1))
+    main(tuning(small_toy, tmp_path / "seg", whole, "segmentation", epochs=1))
     again = dict(data=str(small_toy), init=str(tmp_path / "seg"), out=str(tmp_path / "again"))
     train.main(TrainConfig(**again, batch=8, steps=1))
     assert load_run(tmp_path / "again")[0].classifier is None
 
 
-def test_a_classifier_without_label_names_is_kept_if_it_fits(small_toy, pre_trained, tmp_path):
+def test_a_classifier_without_label_names_is_kept_if_it_fits(small_toy, whole, tmp_path):
     """A converted release has 779 outputs and no ids: its weights must not be drawn anew."""
     task = open_task("segmentation", small_toy, open_features(small_toy))
-    model, tokenizer = load_run(pre_trained)
+    model, tokenizer = load_run(whole)
     for extra, kept in {0: True, 1: False}.items():
         model.set_labels([str(i) for i in range(len(task.labels) + extra)])
         model.config.labels = []
         save_run(tmp_path / f"run{extra}", model, tokenizer)
-        cfg = config(small_toy, tmp_path / f"run{extra}", tmp_path / "out", "segmentation")
+        cfg = tuning(small_toy, tmp_path / "out", tmp_path / f"run{extra}", "segmentation")
         found, _ = finetune.start_model(cfg, task, print)
         assert torch.equal(found.classifier.weight, model.classifier.weight) == kept
         assert found.config.labels == task.labels
@@ -389,28 +360,29 @@ def test_a_classifier_without_label_names_is_kept_if_it_fits(small_toy, pre_trai
         evaluate(model, tokenizer, task, Options())
 
 
-def test_fine_tuning_starts_from_a_run_that_was_finished(
-    small_toy, pre_trained, tmp_path, monkeypatch
-):
+def test_fine_tuning_starts_from_a_run_that_was_finished(small_toy, whole, tmp_path, monkeypatch):
     """A newer run that a kill cut short says that it is pre-trained, and is not."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_toy, "toy")
     data = {"toy": "toy", "toy-2": "toy", "toy-3": "elsewhere/toy", "trial": str(tmp_path / "toy")}
     for name in data:
-        run = shutil.copytree(pre_trained, tmp_path / "runs" / name)
+        run = shutil.copytree(whole, tmp_path / "runs" / name)
         *log, last = map(json.loads, (run / "log.jsonl").read_text().splitlines())
         last["settings"]["data"] = data[name]
         lines = [json.dumps(row) + "\n" for row in (log if name == "toy-2" else [*log, last])]
         (run / "log.jsonl").write_text("".join(lines))
-    (tmp_path / "runs" / "toy-2" / "trainer.pt").touch()
+    for name in ("toy-2", "toy-3"):  # the newer one is of another folder
+        state = {"model": {}, "optimizer": {}, "step": 0, "config": {"data": data[name]}}
+        torch.save(state, tmp_path / "runs" / name / "trainer.pt")
     assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/toy")  # named after its data
     shutil.rmtree("runs/toy")
     assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/trial")
-    shutil.rmtree("runs/toy-3")
     (tmp_path / "runs" / "odd").mkdir()  # a log that is none is no reason to stop
     (tmp_path / "runs" / "odd" / "log.jsonl").write_text("no json\n{}\n")
     assert finetune.pre_trained(TuneConfig(task="qa")) == Path("runs/trial")
     assert train.newest_run(TrainConfig()) == Path("runs/toy-2")
+    with pytest.raises(ValueError, match="no run with a trainer.pt .* that was trained on x/toy"):
+        train.newest_run(TrainConfig(data="x/toy"))
 
 
 BAD = {
@@ -439,13 +411,13 @@ BAD = {
 
 @pytest.mark.parametrize("args", BAD)
 def test_bad_commands_say_what_would_do_in_one_line(
-    small_toy, pre_trained, tmp_path, monkeypatch, capsys, args
+    small_toy, whole, tmp_path, monkeypatch, capsys, args
 ):
     """Value seen, value wanted; exit code 2; no traceback; nothing left behind."""
     monkeypatch.chdir(tmp_path)
     if "{toy}" not in args or " toy/" in args:
         shutil.copytree(small_toy, "toy")
-    words = args.format(toy=small_toy, run=pre_trained).split()
+    words = args.format(toy=small_toy, run=whole).split()
     monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
     with pytest.raises(SystemExit) as stopped:
         finetune.run(finetune.cli)
@@ -455,34 +427,33 @@ def test_bad_commands_say_what_would_do_in_one_line(
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_a_run_is_resumed_as_what_it_is(small_toy, pre_trained, tmp_path):
+def test_a_run_is_resumed_as_what_it_is(small_toy, whole, tmp_path):
     """A fine-tuned run goes on neither as pre-training nor as another task."""
-    main(config(small_toy, pre_trained, tmp_path / "run", "qa"))
+    main(tuning(small_toy, tmp_path / "run", whole, "qa"))
     again = dict(out=str(tmp_path / "run"), resume=True)
     with pytest.raises(ValueError, match="was fine-tuned for qa: resume it as that"):
-        main(TuneConfig(task="captioning", **again), {"out", "resume"})
+        main(TuneConfig(task="captioning", **again), RESUME)
     with pytest.raises(ValueError, match="was fine-tuned for qa: resume it as that"):
-        train.main(TrainConfig(**again), {"out", "resume"})
+        train.main(TrainConfig(**again), RESUME)
 
 
-def test_too_few_items_are_an_error(small_toy, pre_trained, tmp_path):
+def test_too_few_items_are_an_error(small_toy, whole, tmp_path):
     world = shutil.copytree(small_toy, tmp_path / "world")
     path = world / "msrvtt" / "MSRVTT_train.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:2]))
     with pytest.raises(ValueError, match="1 items to train on, wanted at least one for each of 1"):
-        main(config(world, pre_trained, tmp_path / "run", "qa", accumulate=2))
+        main(tuning(world, tmp_path / "run", whole, "qa", accumulate=2))
     path.write_text("video_id\n")
     with pytest.raises(DataError, match="nothing to train qa on: MSRVTT_data.json or MSRVTT_train"):
-        main(config(world, pre_trained, tmp_path / "run", "qa"))
+        main(tuning(world, tmp_path / "run", whole, "qa"))
 
 
 @pytest.mark.slow
 def test_a_real_bert_is_fine_tuned_on_real_data_by_two_ranks(shared, tmp_path):
     """Real features and weights, two gloo ranks, half an epoch: above chance is not asked."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = ["segmentation", "--data", shared / "salads", "--bert", shared / "weights/bert_tiny"]
-    done = subprocess.run([*torchrun, REPO / "finetune.py", *args, "--steps", "12"],
-                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    args = flags(data=shared / "salads", bert=shared / "weights/bert_tiny", steps=12)
+    made = command("segmentation", *args, ranks=2, script=REPO / "finetune.py")
+    done = subprocess.run(made, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "segmentation on coin, 10 items" in done.stdout and "always 9" in done.stdout
     log = rows(tmp_path / "runs" / "salads-segmentation")

@@ -17,10 +17,10 @@ import train
 from data import Corpus, open_captions, open_corpus, open_features, special_ids
 from finetune import TuneConfig
 from keep import read_log
-from loop import Ranks
 from pictures import attention
+from ranks import Ranks
+from tests.runs import losses
 from tests.test_loss import compare_compiled_nce
-from tests.test_safety import losses
 from train import TrainConfig
 from vlm import KINDS, VLM, Batch, VLMConfig, load_run, load_tokenizer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import vlm
+from loss import LOGITS_AT_ONCE, nce, nce_in_chunks
 from tests.small import (
     CLS,
     LOSSES,
@@ -42,13 +42,13 @@ def test_nce_equals_equation_9_worked_out_by_hand():
     own = torch.tensor([[ln(3), 5.0]], dtype=torch.float64)
     e_video, e_text = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
     w0 = torch.tensor([0])
-    both = vlm.nce(torch.cat([e_video, e_text]), [V_, D], own, w0)
+    both = nce(torch.cat([e_video, e_text]), [V_, D], own, w0)
     assert both.tolist() == pytest.approx([ln(10 / 3), ln(9 / 2)], abs=1e-14)
-    assert vlm.nce(e_video, [V_], own).tolist() == pytest.approx([ln(5 / 3)], abs=1e-14)
+    assert nce(e_video, [V_], own).tolist() == pytest.approx([ln(5 / 3)], abs=1e-14)
     bias = torch.tensor([ln(3), 0.0], dtype=torch.float64)
-    words = vlm.nce(e_text, [D], None, w0, bias)
+    words = nce(e_text, [D], None, w0, bias)
     assert words.tolist() == pytest.approx([ln(7 / 6)], abs=1e-14)
-    nobody = vlm.nce(e_video, [V_[:0]], own)  # no candidate but the truth: certain
+    nobody = nce(e_video, [V_[:0]], own)  # no candidate but the truth: certain
     assert nobody.tolist() == [0.0]
 
 
@@ -211,9 +211,9 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
     g = torch.Generator().manual_seed(0)
     e, pool, own = (torch.randn(n, 2, generator=g, requires_grad=True) for n in (23, 17, 23))
     index, bias = torch.randint(0, 17, (23,), generator=g), torch.randn(17, generator=g)
-    seen, saved, nce = [], [], vlm.nce
+    seen, saved = [], []
     monkeypatch.setattr(
-        vlm, "nce", lambda e, pools, *a: seen.append((len(e), len(pools[0]))) or nce(e, pools, *a)
+        "loss.nce", lambda e, pools, *a: seen.append((len(e), len(pools[0]))) or nce(e, pools, *a)
     )
 
     def keep(x):
@@ -222,10 +222,10 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
 
     for target in (dict(index=index, bias=bias), dict(own=own)):
         for at_once, rows in ((1000, [23]), (5 * 17 + 3, [5, 5, 5, 5, 3]), (1, [1] * 23)):
-            monkeypatch.setitem(vlm.LOGITS_AT_ONCE, "cpu", at_once)  # the default that callers get
+            monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)  # the default that callers get
             seen.clear(), saved.clear()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                value = vlm.nce_in_chunks(e, [pool], **target).sum()
+                value = nce_in_chunks(e, [pool], **target).sum()
             assert seen == [(n, 17) for n in rows]
             logits = [shape for shape in saved if len(shape) == 2 and shape[1] == 17]
             assert bool(logits) == (len(rows) == 1)
@@ -234,7 +234,7 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
 
 def compare_compiled_nce(device: str) -> None:
     """Compare values and gradients of a compiled `nce` with the plain one's, for several sizes."""
-    g, plain = torch.Generator().manual_seed(0), vlm.nce
+    g, plain = torch.Generator().manual_seed(0), nce
     compiled = torch.compile(plain, dynamic=True)
     # several sizes; words alone; no V'; chunk by chunk
     for M, M_v, P, at_once in ((40, 12, 30, 10**6), (28, 0, 30, 10**6), (33, 5, 0, 10**6),
@@ -244,7 +244,7 @@ def compare_compiled_nce(device: str) -> None:
         index = torch.randint(0, 500, (M - M_v,), generator=g).to(device)
         found = []
         for f in (plain, compiled):
-            losses = vlm.nce_in_chunks(e, [V_, D], own, index, None, at_once, f)
+            losses = nce_in_chunks(e, [V_, D], own, index, None, at_once, f)
             found.append([losses, *torch.autograd.grad(losses.sum(), (e, V_, D))])
         for a, b in zip(*found, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -369,21 +369,21 @@ def test_no_precision_makes_the_truth_likelier_than_certain(dtype):
     pool = (2 * torch.randn(99, 12, generator=g)).to(dtype)
     for s in range(50):
         e, index = pool[s : s + 1], torch.tensor([s])
-        assert vlm.nce(e, [pool], None, index) >= 0
-        assert vlm.nce(e, [pool[:50], pool[s:]], None, index - s) >= 0
+        assert nce(e, [pool], None, index) >= 0
+        assert nce(e, [pool[:50], pool[s:]], None, index - s) >= 0
         bias = torch.randn(99, generator=g)
-        assert vlm.nce(e.float(), [pool.float()], None, index, bias) >= 0
-        assert vlm.nce(e, [pool], e) >= 0
+        assert nce(e.float(), [pool.float()], None, index, bias) >= 0
+        assert nce(e, [pool], e) >= 0
     e, pool = 32 * torch.eye(12)[:1].to(dtype), torch.ones(99, 12).to(dtype)
-    words = vlm.nce(e, [pool], None, torch.tensor([7]))
-    video = vlm.nce(e, [pool[:40], pool[41:]], pool[:1])
+    words = nce(e, [pool], None, torch.tensor([7]))
+    video = nce(e, [pool[:40], pool[41:]], pool[:1])
     assert [words.item(), video.item()] == pytest.approx([math.log(99)] * 2, abs=1e-5)
 
 
 def test_the_loss_runs_on_devices_that_nobody_thought_of():
     """Catches a table of devices with no default; "meta" stands for mps, xpu and the rest."""
     e, pool = torch.empty(3, 12, device="meta"), torch.empty(5, 12, device="meta")
-    assert vlm.nce_in_chunks(e, [pool], e).shape == (3,)
+    assert nce_in_chunks(e, [pool], e).shape == (3,)
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,10 @@ import torch
 
 import eval as evaluation
 import pictures
-import train
 from data import open_features, pairs
 from pictures import attention, crossing, plane
 from tasks import open_task
 from vlm import KINDS, VLM, Batch, VLMConfig, attention_mask, load_run
-
-
-@pytest.fixture(scope="module")
-def a_run(small_toy, tmp_path_factory):
-    """A tiny run to draw."""
-    out = tmp_path_factory.mktemp("runs") / "toy"
-    sizes = dict(width=32, layers=2, batch=8, steps=4, log_every=1)
-    train.main(train.TrainConfig(data=str(small_toy), out=str(out), **sizes))
-    return out
 
 
 @pytest.mark.parametrize("kind", KINDS)

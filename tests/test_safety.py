@@ -1,7 +1,6 @@
-"""What a run promises: nothing lost by a kill, a full disk, bad numbers or another machine."""
+"""What a run promises: nothing lost by a kill, a full disk, bad numbers or another rank."""
 
 import ctypes
-import dataclasses
 import errno
 import functools
 import io
@@ -27,71 +26,29 @@ import features
 import finetune
 import keep
 import loop
-import toy
 import train
 from benchmarks import DataError, read_msrvtt
 from features import FeatureStore
 from keep import Stop, Stopped, read_checkpoint, read_log
-from loop import Ranks, launch
+from loop import launch
+from ranks import Ranks, of_rank
 from tests import kill
-from tests.fixtures.make_run import answers, write_world
-from tests.test_train import poison
+from tests.runs import (
+    REPO,
+    RESUME,
+    TINY,
+    command,
+    config,
+    flags,
+    on_two_ranks,
+    poison,
+    start,
+    tuning,
+    until,
+)
 from train import TrainConfig, main
-from vlm import load_run, load_tokenizer
+from vlm import load_tokenizer
 from weights import write_aside
-
-REPO = Path(__file__).resolve().parents[1]
-FIXTURES = REPO / "tests" / "fixtures"
-TINY = dict(width=32, layers=1, batch=8, steps=6, save_every=3, log_every=1)
-RESUME = {"out", "resume"}
-
-
-def config(data: Path, out: Path, **settings) -> TrainConfig:
-    """A run of a few seconds."""
-    return TrainConfig(data=str(data), out=str(out), **TINY | settings)
-
-
-def tuning(data: Path, out: Path, init: Path, task: str = "qa", **settings) -> finetune.TuneConfig:
-    """The same for fine-tuning."""
-    few = dict(epochs=2, batch=8, held_out=0.2, init=str(init), log_every=1) | settings
-    return finetune.TuneConfig(data=str(data), out=str(out), task=task, **few)
-
-
-def flags(**settings) -> list[str]:
-    """Write settings as flags."""
-    return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
-
-
-def command(*args: str, ranks: int = 0, script: Path = REPO / "train.py") -> list[str]:
-    """Build the command line of train.py, under torchrun when ranks are given."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *(torchrun if ranks else []), str(script), *args]
-
-
-def start(*args, **how) -> subprocess.Popen:
-    """Start train.py in a process group of its own, with pipes."""
-    pipe = subprocess.PIPE
-    made = command(*args, **how)
-    return subprocess.Popen(made, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
-def until(process: subprocess.Popen, beginning: str) -> None:
-    """Read lines until one begins so."""
-    assert any(line.startswith(beginning) for line in process.stdout), process.communicate()
-
-
-def losses(run: Path) -> list[float]:
-    """Read the losses of a run's steps."""
-    return [row["loss"] for row in read_log(run / "log.jsonl") if "step" in row and "loss" in row]
-
-
-@pytest.fixture(scope="module")
-def whole(small_toy, tmp_path_factory) -> Path:
-    """A run that nobody disturbs, to compare with."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    main(config(small_toy, out))
-    return out
-
 
 # ---- killed
 
@@ -132,8 +89,8 @@ def test_checkpoints_are_as_far_apart_as_asked(
     given, else by steps and seconds."""
     written, write = [], keep.Checkpoint.write
     monkeypatch.setattr(keep.Checkpoint, "write", lambda *a: written.append(1) or write(*a))
-    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
-    monkeypatch.setattr(loop, "SAVE_APART", apart)
+    monkeypatch.setattr(keep.Checkpoint, "STEPS", 2)
+    monkeypatch.setattr(keep.Checkpoint, "SECONDS", apart)
     main(config(small_toy, tmp_path / "run", save_every=every))
     assert len(written) == writes
 
@@ -188,27 +145,6 @@ def test_a_signal_before_the_first_step_saves_too(small_toy, tmp_path, monkeypat
     assert "stopped at step 1; to go on: torchrun train.py --resume" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["validate", "zero_shot_retrieval"])
-def test_a_signal_in_the_evaluation_ends_it_and_it_is_done_again(
-    small_toy, whole, tmp_path, monkeypatch, capsys, where
-):
-    """Training is saved by then: no need to wait. Going on evaluates, with the same numbers."""
-    real, after = getattr(train, where), []
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        after.append(where)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, where, interrupted)
-        assert main(config(small_toy, tmp_path / "run")) == {"final": False, "steps": 6}
-    assert after == ([where] if where == "validate" else [])  # a collective is not left in between
-    assert "stopped at step 6; to go on" in capsys.readouterr().out
-    main(TrainConfig(out=str(tmp_path / "run"), resume=True), RESUME)
-    assert not kill.differ(whole, tmp_path / "run")
-
-
 def test_a_second_signal_counts_only_after_a_while(monkeypatch, capfd):
     """torchrun repeats what the terminal sent; a user who has waited must get out all the same."""
     stop = Stop(speak=True)
@@ -250,6 +186,21 @@ def test_two_ranks_under_torchrun_stop_once_and_go_on(small_toy, tmp_path, name)
     more = command("--resume", "--out", str(out), "--steps", str(step + 2), ranks=2)
     assert subprocess.run(more, capture_output=True).returncode == 0
     assert read_log(out / "log.jsonl")[-1]["steps"] == step + 2
+
+
+def test_a_signal_is_no_damage_of_the_file_that_is_being_read(small_toy, tmp_path, monkeypatch):
+    """Readers take any Exception of numpy, zipfile or Rust for a damaged file; Stopped is none."""
+
+    def stop(*_, **__):
+        raise Stopped
+
+    store = FeatureStore(small_toy / "features")
+    monkeypatch.setattr(features, "map_array", stop)
+    with pytest.raises(Stopped):
+        store.open("how_train_0001")
+    monkeypatch.setattr("weights.Tokenizer", SimpleNamespace(from_str=stop))
+    with pytest.raises(Stopped):
+        load_tokenizer(small_toy)
 
 
 # ---- the disk
@@ -342,7 +293,14 @@ print(given_back, faults())
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's malloc")
+def test_where_there_is_no_glibc_nothing_is_held(monkeypatch):
+    """Catches every small model's training that ends in ctypes' TypeError on Windows."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: "/" in name)
+    keep.hold_pages()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not glibc's malloc")
 def test_a_tensor_finds_the_pages_of_the_one_before_it():
     """Catches large tensors that go back to the system: 16,384 page faults for each new one."""
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=REPO, capture_output=True, text=True)
@@ -359,6 +317,18 @@ def test_narrow_models_keep_what_they_free(small_toy, tmp_path, monkeypatch, wid
     monkeypatch.setattr(loop, "hold_pages", lambda: asked.append(1))
     main(config(small_toy, tmp_path / "run", width=width, steps=1))
     assert len(asked) == calls
+
+
+def test_a_gpu_without_room_is_said_in_one_line(capsys):
+    """With what to do about it; PyTorch's error is a RuntimeError, which launch would pass on."""
+
+    def fill(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    assert launch(fill, TrainConfig, "", []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch")
+    assert said.count("\n") == 1
 
 
 # ---- two runs in one directory
@@ -393,10 +363,8 @@ def test_two_runs_that_start_at_once_take_two_directories(tmp_path, monkeypatch)
 WRAPPED = """
 import os, sys
 sys.path.insert(0, {repo!r})
-import train
-from benchmarks import DataError, read_msrvtt
-from train import Corpus, run, cli
 from benchmarks import DataError
+from train import Corpus, cli, run
 if os.environ["RANK"] == "1":
     step = Corpus.step
     def fail(self, n, *args):
@@ -406,6 +374,8 @@ if os.environ["RANK"] == "1":
     Corpus.step = fail
 run(cli)
 """
+
+
 FAILS = {  # what rank 1 does, and what must be said
     "raise ZeroDivisionError('a bug')": ("ZeroDivisionError: a bug", "rank      : 1"),
     "raise DataError('x.npy: bad')": ("error: on rank 1: x.npy: bad",),
@@ -457,10 +427,7 @@ def test_a_rank_that_comes_late_to_the_first_checkpoint_still_takes_part(small_t
 def two(small_toy, tmp_path_factory) -> dict:
     """What two ranks did in tests/two_ranks.py: one start for all tests below."""
     path = tmp_path_factory.mktemp("two") / "found.json"
-    args = ["-m", "tests.two_ranks", str(small_toy), "safety", str(path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, *args], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    on_two_ranks(str(small_toy), "safety", str(path))
     return json.loads(path.read_text())
 
 
@@ -470,6 +437,21 @@ def test_ranks_learn_of_each_others_errors(two):
     assert two["every"] == ["on rank 1: b.json: bad", "b.json: bad"]
     assert two["first"] == ["disk full", "on rank 0: disk full"]
     assert two["unread"] == ["on rank 1: x.npy: bad"] * 2
+
+
+@pytest.mark.slow
+def test_ranks_with_other_commands_are_refused(two):
+    """Catches a node that was started with other flags: rank 0's would silently be taken."""
+    wanted = "rank 1 has --lr 2.0, rank 0 1.0: start all ranks by the same command"
+    assert all(said.startswith(wanted) for said in two["agree"]), two
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_a_step_that_is_bad_on_one(two):
+    """One rank's poisoned batch, one rank's unreadable file: the weights stay alike and finite."""
+    assert two["skipped"] == [2, 2]
+    assert two["weights"][0] == two["weights"][1]
+    assert all(math.isfinite(x) for x in two["weights"])
 
 
 def test_a_rank_that_loses_another_says_so_in_one_line(monkeypatch, capsys):
@@ -491,31 +473,14 @@ def test_a_rank_that_loses_another_says_so_in_one_line(monkeypatch, capsys):
         launch(bug, TrainConfig, "", [])
 
 
-def test_a_gpu_without_room_is_said_in_one_line(capsys):
-    """With what to do about it; PyTorch's error is a RuntimeError, which launch would pass on."""
-
-    def fill(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
-
-    assert launch(fill, TrainConfig, "", []) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch")
-    assert said.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_ranks_with_other_commands_are_refused(two):
-    """Catches a node that was started with other flags: rank 0's would silently be taken."""
-    wanted = "rank 1 has --lr 2.0, rank 0 1.0: start all ranks by the same command"
-    assert all(said.startswith(wanted) for said in two["agree"]), two
-
-
-@pytest.mark.slow
-def test_all_ranks_skip_a_step_that_is_bad_on_one(two):
-    """One rank's poisoned batch, one rank's unreadable file: the weights stay alike and finite."""
-    assert two["skipped"] == [2, 2]
-    assert two["weights"][0] == two["weights"][1]
-    assert all(math.isfinite(x) for x in two["weights"])
+def test_a_damaged_log_is_named_on_every_rank(tmp_path):
+    """An error that wants more than a text must not become another one on its way to the ranks."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\nno json\n{"step": 2}\n')
+    with pytest.raises(DataError, match="log.jsonl, line 2: 'no json', wanted JSON"):
+        read_log(tmp_path / "log.jsonl")
+    for error, kind in ((json.JSONDecodeError("x", "y", 0), ValueError), (OSError("x"), OSError),
+                        (DataError("x"), DataError)):  # fmt: skip
+        assert type(of_rank(3, error)) is kind and "on rank 3: x" in str(of_rank(3, error))
 
 
 # ---- numbers go bad
@@ -529,14 +494,8 @@ def test_skipped_steps_are_counted_in_the_summary_across_a_resume(
     main(config(small_toy, tmp_path / "run", steps=4, decay_steps=6))
     again = TrainConfig(out=str(tmp_path / "run"), resume=True, steps=6)
     assert main(again, RESUME | {"steps"})["skipped"] == 3
-    assert [r["skipped"] for r in read_log(tmp_path / "run" / "log.jsonl")[:-1]] == [
-        0,
-        1,
-        2,
-        2,
-        2,
-        3,
-    ]
+    skipped = [row["skipped"] for row in read_log(tmp_path / "run" / "log.jsonl")[:-1]]
+    assert skipped == [0, 1, 2, 2, 2, 3]
     assert "3 steps skipped; the model is in" in capsys.readouterr().out
 
 
@@ -550,7 +509,8 @@ def test_fine_tuning_skips_and_counts_too(small_toy, whole, tmp_path, monkeypatc
 def test_features_that_are_not_numbers_stop_a_run_or_are_skipped_and_counted(
     small_toy, tmp_path, monkeypatch, capsys
 ):
-    """By default the file is named and the run ends; --skip-bad skips the steps that want it."""
+    """By default the file is named and the run ends; --skip-bad draws other clips instead, as many
+    on one rank as on two, and skips a step only where no video is left."""
     world = shutil.copytree(small_toy, tmp_path / "world")
     for n, value in ((1, np.nan), (2, np.inf)):
         path = world / "features" / f"how_train_{n:04}.npy"
@@ -564,10 +524,39 @@ def test_features_that_are_not_numbers_stop_a_run_or_are_skipped_and_counted(
         main(config(world, tmp_path / "stops", **long))
     summary = main(config(world, tmp_path / "run", skip_bad=True, **long))
     said = capsys.readouterr().out
-    skips = re.findall("a step is skipped: .*how_train_000[12]: ", said)
-    assert summary["skipped"] == len(skips) > 0
+    assert summary["skipped"] == 0
+    bad = set(re.findall("another clip is drawn instead: .*(how_train_000[12]): features", said))
+    assert bad == {"how_train_0001", "how_train_0002"}
     state = read_checkpoint(tmp_path / "run" / "trainer.pt")
     assert all(x.isfinite().all() for x in state["model"].values())
+    cfg = config(world, tmp_path, skip_bad=True, clips_per_video=8)
+    corpus = train.build(cfg, print)[2].train
+    for step in range(4):
+        whole = corpus.step(step, 64)
+        parts = [corpus.step(step, 64, part, 4) for part in range(4)]
+        assert len(whole.video) == 64 and whole.video.isfinite().all()
+        rows = torch.cat([x.text[:, :8] for x in parts])  # of the shortest, 8 pieces and [SEP]
+        assert torch.equal(whole.text[:, :8], rows)
+    for path in (world / "features").glob("how_train_*"):
+        np.save(path, np.full((90, 64), np.nan, np.float32))
+    with pytest.raises(ValueError, match="ten steps in a row .* no video of 30 can be read"):
+        main(config(world, tmp_path / "none", skip_bad=True, **long))
+
+
+def test_skip_bad_leaves_out_items_that_cannot_be_trained_on(small_toy, whole, tmp_path, capsys):
+    """Catches a run of one step an epoch in which a single bad video spoils every step."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    clips = read_msrvtt(world / "msrvtt")["train"]
+    path = world / "features" / f"{clips[0].video}.npy"
+    features = np.load(path)
+    features[-1] = np.nan
+    np.save(path, features)
+    cfg = dict(task="retrieval", held_out=0, batch=1000)
+    with pytest.raises(DataError, match="features hold NaN"):
+        finetune.main(tuning(world, tmp_path / "stops", whole, **cfg))
+    assert finetune.main(tuning(world, tmp_path / "run", whole, skip_bad=True, **cfg))["final"]
+    n = len({clip.video for clip in clips})
+    assert f"1 of {n} items to train on are left out, for 1 videos" in capsys.readouterr().out
 
 
 def test_skip_bad_finds_faults_of_held_out_and_test_videos_before_training(
@@ -602,265 +591,3 @@ def test_an_overflow_in_fp16_is_skipped_and_the_scaler_recovers(small_toy, tmp_p
     state = read_checkpoint(tmp_path / "run" / "trainer.pt")
     assert state["scaler"]["scale"] == 2.0 ** (15 - skipped)
     assert all(x.isfinite().all() for x in state["model"].values())
-
-
-# ---- other machines, other versions
-
-
-@pytest.mark.slow
-def test_another_number_of_ranks_goes_on_with_the_same_losses(small_toy, whole, tmp_path):
-    """Two steps on one rank, two on two, two on one: as all six on one, to rounding."""
-    out = tmp_path / "run"
-    first = flags(data=small_toy, out=out, **TINY | {"steps": 2, "decay_steps": 6, "warmup": 0})
-    again = [["--resume", "--out", str(out), "--steps", steps] for steps in "46"]
-    said = []
-    for args, n in zip((first, *again), (0, 2, 0), strict=True):
-        done = subprocess.run(command(*args, ranks=n), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said += re.findall("ranks: .* when the checkpoint was written", done.stdout)
-    wanted = "ranks: 2 now, 1 when", "ranks: 1 now, 2 when"
-    assert said == [f"{x} the checkpoint was written" for x in wanted]
-    assert losses(out) == pytest.approx(losses(whole), rel=1e-4)
-
-
-def test_another_accumulation_draws_the_same_clips(small_toy):
-    """Parts of a step, in order, are the step, whatever there are of them."""
-    cfg = train.settle(config(small_toy, Path("x")), set())
-    _, _, data = train.build(cfg, print)
-    whole = data.train.step(3, 8)
-    for parts in (2, 4):
-        found = [data.train.step(3, 8, i, parts) for i in range(parts)]
-        V = whole.video.shape[1]
-        video = [torch.nn.functional.pad(p.video, (0, 0, 0, V - p.video.shape[1])) for p in found]
-        assert torch.equal(torch.cat(video), whole.video)
-        assert sum(int(p.video_hidden.sum()) for p in found) == int(whole.video_hidden.sum())
-        assert sum(int(p.text_hidden.sum()) for p in found) == int(whole.text_hidden.sum())
-
-
-@pytest.mark.parametrize("task", ["segmentation", "captioning"])
-def test_another_accumulation_goes_on_with_the_same_losses(small_toy, whole, tmp_path, task):
-    """Where no clip is another's negative: the losses of the rest, to rounding."""
-    finetune.main(tuning(small_toy, tmp_path / "one", whole, task, steps=6))
-    few = dict(steps=3, decay_steps=6, warmup=0)
-    finetune.main(tuning(small_toy, tmp_path / "two", whole, task, **few))
-    again = dict(task=task, out=str(tmp_path / "two"), resume=True, steps=6, accumulate=2)
-    finetune.main(finetune.TuneConfig(**again), RESUME | {"steps", "accumulate"})
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
-def rewrite(run: Path, change) -> None:
-    """Change what a checkpoint says."""
-    state = read_checkpoint(run / "trainer.pt")
-    change(state)
-    torch.save(state, run / "trainer.pt")
-
-
-def test_another_version_and_other_data_are_said(small_toy, whole, tmp_path, capsys):
-    """Name, value now, value then; the run goes on, for a new version is no reason to lose it."""
-    out = shutil.copytree(whole, tmp_path / "run")
-
-    def other(state):
-        state["facts"] |= {"torch": "2.4.1", "training videos": "29 (00000000)", "device": "cuda"}
-
-    rewrite(out, other)
-    main(TrainConfig(out=str(out), resume=True), RESUME)
-    said = capsys.readouterr().out
-    assert f"torch: {torch.__version__} now, 2.4.1 when the checkpoint was written" in said
-    assert re.search(r"training videos: 30 \(\w+\) now, 29 \(00000000\) when", said)
-    assert "device: cpu now, cuda when" in said
-    assert "captions:" not in said and "ranks:" not in said
-
-
-def test_a_changed_setting_is_said_and_a_changed_model_refused(small_toy, whole, tmp_path, capsys):
-    """What can change says so; what the weights are made of cannot, and was silently ignored."""
-    out = shutil.copytree(whole, tmp_path / "run")
-    again = TrainConfig(out=str(out), resume=True, lr=0.5, batch=8)
-    main(again, RESUME | {"lr", "batch"})
-    said = capsys.readouterr().out
-    assert re.search(r"resuming with --lr 0.5, it was 0.00\d+", said) and "--batch" not in said
-    for name, value, was in (("width", 64, 32), ("loss", "mfm-mlm", "vlm"), ("init", "x", None)):
-        again = TrainConfig(out=str(out), resume=True, **{name: value})
-        with pytest.raises(ValueError, match=f"--{name} {value}: the run in .* has {was}, and its"):
-            main(again, RESUME | {name})
-    rewrite(out, lambda state: state["config"].update(gone=3))
-    main(TrainConfig(out=str(out), resume=True), RESUME)
-    assert "the run's setting gone = 3 is unknown here and left out" in capsys.readouterr().out
-
-
-def test_a_run_that_is_further_than_its_steps_keeps_its_summary(small_toy, whole, tmp_path):
-    """Catches a log that is cut before the run is refused: it would no longer count as finished."""
-    out = shutil.copytree(whole, tmp_path / "run")
-    before = (out / "log.jsonl").read_text()
-    with pytest.raises(ValueError, match="--steps 2: .* is at step 6 already"):
-        main(TrainConfig(out=str(out), resume=True, steps=2), RESUME | {"steps"})
-    assert (out / "log.jsonl").read_text() == before
-
-
-def test_epochs_that_had_no_part_in_a_run_are_asked_for_afresh():
-    """`--steps 3`, then `--resume --epochs 15`: a default that had no use is not "as before"."""
-    cfg = train.settle(TrainConfig(data="elsewhere", steps=3), {"data", "steps"})
-    assert (cfg.steps, cfg.epochs) == (3, None)
-    assert train.settle(TrainConfig(data="elsewhere"), {"data"}).epochs == 15
-
-
-def test_a_damaged_log_is_named_on_every_rank(tmp_path):
-    """An error that wants more than a text must not become another one on its way to the ranks."""
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\nno json\n{"step": 2}\n')
-    with pytest.raises(DataError, match="log.jsonl, line 2: 'no json', wanted JSON"):
-        read_log(tmp_path / "log.jsonl")
-    for error, kind in ((json.JSONDecodeError("x", "y", 0), ValueError), (OSError("x"), OSError),
-                        (DataError("x"), DataError)):  # fmt: skip
-        assert type(loop.of_rank(3, error)) is kind and "on rank 3: x" in str(
-            loop.of_rank(3, error)
-        )
-
-
-def test_a_signal_is_no_damage_of_the_file_that_is_being_read(small_toy, tmp_path, monkeypatch):
-    """Readers take any Exception of numpy, zipfile or Rust for a damaged file; Stopped is none."""
-
-    def stop(*_, **__):
-        raise Stopped
-
-    store = FeatureStore(small_toy / "features")
-    monkeypatch.setattr(features, "map_array", stop)
-    with pytest.raises(Stopped):
-        store.open("how_train_0001")
-    monkeypatch.setattr("weights.Tokenizer", SimpleNamespace(from_str=stop))
-    with pytest.raises(Stopped):
-        load_tokenizer(small_toy)
-
-
-def test_two_runs_that_write_the_toy_world_at_once_leave_a_whole_one(tmp_path, monkeypatch):
-    """Each writes aside; who comes second finds the first one's, and takes that."""
-    dump, folder = toy.dump, tmp_path / "toy"
-
-    def second_at_the_end(path, content):
-        dump(path, content)
-        if path.name == "toy.json" and not folder.exists():
-            monkeypatch.setattr(toy, "dump", dump)
-            toy.write_toy(folder, scale=0.02)
-
-    monkeypatch.setattr(toy, "dump", second_at_the_end)
-    toy.write_toy(folder, scale=0.02)
-    assert [*tmp_path.iterdir()] == [folder]
-    (tmp_path / "alone").mkdir()
-    toy.write_toy(tmp_path / "alone" / "toy", scale=0.02)
-    names = [
-        sorted(p.relative_to(x) for p in x.rglob("*")) for x in (folder, tmp_path / "alone/toy")
-    ]
-    assert names[0] == names[1]
-
-
-def test_more_epochs_make_a_longer_run(small_toy, tmp_path):
-    """Catches an --epochs that is read and not used, because the steps are known."""
-    main(config(small_toy, tmp_path / "run", steps=None, epochs=0.5))
-    again = TrainConfig(out=str(tmp_path / "run"), resume=True, epochs=1.0)
-    first = read_checkpoint(tmp_path / "run" / "trainer.pt")["step"]
-    assert main(again, RESUME | {"epochs"})["steps"] == 2 * first
-
-
-def test_a_checkpoint_that_does_not_fit_its_config_is_one_line(small_toy, whole, tmp_path):
-    """Not torch's page of sizes from inside load_state_dict."""
-    out = shutil.copytree(whole, tmp_path / "run")
-    rewrite(out, lambda state: state["model"].popitem())
-    with pytest.raises(ValueError, match="trainer.pt does not fit config.json beside it: .*") as e:
-        main(TrainConfig(out=str(out), resume=True), RESUME)
-    assert "\n" not in str(e.value)
-
-
-def test_an_old_run_gives_the_numbers_that_it_gave(tmp_path, capsys):
-    """tests/fixtures/run was written by the code of November 2026; see make_run.py.
-
-    Outputs to 1e-5, and going on for two steps the losses that it logged then.
-    """
-    numbers = json.loads((FIXTURES / "numbers.json").read_text())
-    found = answers(load_run(FIXTURES / "run")[0])
-    for name, wanted in numbers["answers"].items():
-        assert found[name] == pytest.approx(wanted, abs=1e-5), name
-    out = shutil.copytree(FIXTURES / "run", tmp_path / "run")
-    write_world(tmp_path / "world")
-    again = TrainConfig(out=str(out), resume=True, steps=6, data=str(tmp_path / "world"))
-    main(again, RESUME | {"steps", "data"})
-    wanted = numbers["loss"][:4] + numbers["going on"]
-    assert losses(out) == pytest.approx(wanted, rel=1e-4)
-
-
-# ---- the same numbers
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_seed_gives_the_same_run_for_any_number_of_loader_workers(
-    small_toy, whole, tmp_path, workers
-):
-    """Bit for bit: weights, Adam's state, the log, the evaluation."""
-    main(config(small_toy, tmp_path / "run", workers=workers))
-    assert not kill.differ(whole, tmp_path / "run")
-
-
-def test_loader_workers_start_where_python_would_not_fork(small_toy, tmp_path):
-    """As on macOS, and from Python 3.14 on: what draws the batches cannot be pickled."""
-    try:
-        torch.multiprocessing.set_start_method("spawn", force=True)
-        assert main(config(small_toy, tmp_path / "run", workers=1))["final"]
-    finally:
-        torch.multiprocessing.set_start_method("fork", force=True)
-
-
-def test_another_seed_gives_another_run(small_toy, whole, tmp_path):
-    """Shows that the comparison above can fail."""
-    main(config(small_toy, tmp_path / "run", seed=1))
-    assert "log.jsonl" in kill.differ(whole, tmp_path / "run")
-
-
-def test_fine_tuning_is_the_same_for_any_number_of_loader_workers(small_toy, whole, tmp_path):
-    for workers in (0, 2):
-        finetune.main(tuning(small_toy, tmp_path / str(workers), whole, workers=workers))
-    assert not kill.differ(tmp_path / "0", tmp_path / "2")
-
-
-# ---- fine-tuning keeps the same promises
-
-
-def test_fine_tuning_stops_in_its_evaluation_and_goes_on(
-    small_toy, whole, tmp_path, monkeypatch, capsys
-):
-    """A signal while the best epoch is tested: the line that goes on, then the same table."""
-    first = finetune.main(tuning(small_toy, tmp_path / "one", whole))
-    real = finetune.evaluate
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "evaluate", interrupted)
-        stopped = finetune.main(tuning(small_toy, tmp_path / "two", whole))
-    assert not stopped["final"]
-    assert "to go on: torchrun finetune.py qa --resume --out" in capsys.readouterr().out
-    again = finetune.TuneConfig(task="qa", out=str(tmp_path / "two"), resume=True)
-    second = finetune.main(again, RESUME)
-    other = {"seconds", "settings"}  # `out`, `resume`
-    first, second = ({k: x for k, x in s.items() if k not in other} for s in (first, second))
-    assert first == second and not kill.differ(tmp_path / "one", tmp_path / "two")
-
-
-def test_fine_tuning_refuses_a_directory_in_use_and_another_model(small_toy, whole, tmp_path):
-    """One lock, one list of settings that the weights are made of, for both programs."""
-    out = tmp_path / "run"
-    finetune.main(tuning(small_toy, out, whole))
-    holder = "import sys, time; sys.path.insert(0, sys.argv[1]); import keep, pathlib\n"
-    holder += "f = keep.hold(pathlib.Path(sys.argv[2])); print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(REPO), str(out)], stdout=subprocess.PIPE, text=True
-    )
-    until(process, "held")
-    again = finetune.TuneConfig(task="qa", out=str(out), resume=True)
-    try:
-        with pytest.raises(ValueError, match=f"is in use by process {process.pid}"):
-            finetune.main(again, RESUME)
-    finally:
-        process.kill()
-        process.wait()
-    finetune.main(again, RESUME)
-    with pytest.raises(ValueError, match="--init elsewhere: the run in .* has"):
-        finetune.main(dataclasses.replace(again, init="elsewhere"), RESUME | {"init"})

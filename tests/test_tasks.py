@@ -98,6 +98,39 @@ def test_steps_and_videos_without_a_second_are_counted(world):
     assert f"validation videos: {len(rows)} steps end when they begin and show no second" in said
     assert "validation videos: 1 left out, for none of their steps is seen" in said
     assert video not in {item.clip.video for item in task.test}
+    path.write_text("1,3.5,3.5\n2,4,4\n")  # floor 3 up to ceil 4: the first one shows second 3
+    task = open_task("localization", world, open_features(world))
+    assert "validation videos: 1 steps end when they begin and" in "\n".join(task.said)
+    truth = next(item.truth for item in task.test if item.clip.video == video)
+    assert np.argwhere(truth).tolist() == [[3, 0]]
+
+
+def test_crosstask_is_split_as_the_authors_code_does(world):
+    """Against that code's own steps, by NumPy's global generator: tasks in the order of the file, a
+    validation pair first; what has no features or no annotation is not drawn from."""
+    folder = world / "crosstask"
+    lines = (folder / "videos.csv").read_text().splitlines()
+    lines = lines[-3:] + lines[:-3]  # a task in two parts, the validation pairs first
+    (folder / "videos.csv").write_text("\n".join(lines) + "\n")
+    rows = [tuple(line.split(",")[:2]) for line in lines]
+    (folder / "annotations" / "{}_{}.csv".format(*rows[5])).unlink()
+    next(world.glob(f"features*/{rows[6][1]}.npy")).unlink()
+    val = [line.split(",")[1] for line in (folder / "videos_val.csv").read_text().splitlines()]
+    there = [row for i, row in enumerate(rows) if i not in (5, 6)]
+    np.random.seed(0)
+    test, train = [], []
+    for task_id in dict.fromkeys(t for t, _ in there):
+        videos = [v for t, v in there if t == task_id and v not in val]
+        chosen = np.random.choice(videos, 3, replace=False).tolist() if len(videos) > 3 else videos
+        train += chosen
+        test += [v for v in videos if v not in chosen]
+    task = open_task("localization", world, open_features(world), split="authors", train_videos=3)
+    assert [item.clip.video for item in task.test] == test
+    assert {w.clip.video for group in task.train for w in group} == set(train)
+    with pytest.raises(DataError, match="trains on 30 of a task, and none has more than 5"):
+        open_task("localization", world, open_features(world), split="authors")
+    with pytest.raises(ValueError, match="split is 'x', wanted one of val, authors"):
+        open_task("localization", world, open_features(world), split="x")
 
 
 def test_test_labels_that_training_never_shows_are_a_class_of_their_own(world):

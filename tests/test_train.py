@@ -8,46 +8,34 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import loop
 import train
 from benchmarks import DataError
 from keep import read_checkpoint
-from loop import Ranks, learning_rate, parse
+from loop import adam, learning_rate, parse, update
+from ranks import Ranks
+from tests.runs import (
+    RESUME,
+    TINY,
+    command,
+    config,
+    flags,
+    on_two_ranks,
+    poison,
+    rows,
+    start,
+    until,
+    weights,
+)
 from tests.two_ranks import gradients
 from train import TrainConfig, main
 from vlm import load_run, save_run
-
-REPO = Path(__file__).resolve().parents[1]
-TINY = dict(width=32, layers=1, batch=8, steps=6, save_every=3, log_every=1)
-
-
-def command(*args: str, ranks: int = 0) -> list[str]:
-    """Build the command line of train.py, under torchrun when ranks are given."""
-    if not ranks:
-        return [sys.executable, str(REPO / "train.py"), *args]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc_per_node={ranks}", str(REPO / "train.py"), *args]
-
-
-def flags(**settings) -> list[str]:
-    """Write settings as flags."""
-    return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Read a run's trained tensors."""
-    return torch.load(run / "trainer.pt", weights_only=True)["model"]
-
-
-def rows(run: Path) -> list[dict]:
-    """Read a run's log."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def same_numbers(a: list[dict], b: list[dict]) -> bool:
@@ -66,9 +54,7 @@ def test_two_processes_have_the_gradients_of_one(small_toy, tmp_path, loss):
     The gradient is that of the whole batch in one process, where nothing is gathered; in float64,
     so that 1e-12 leaves room for the order of sums alone.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = ["-m", "tests.two_ranks", str(small_toy), loss, str(tmp_path / "two.pt")]
-    subprocess.run([*torchrun, *args], cwd=REPO, check=True, capture_output=True)
+    on_two_ranks(str(small_toy), loss, str(tmp_path / "two.pt"))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     one, total = gradients(str(small_toy), loss, Ranks())
     assert two["grads"].keys() == one.keys()
@@ -89,7 +75,7 @@ def test_accumulated_micro_batches_are_their_own_losses_under_one_count(small_to
         seen.append([p.grad.clone() for p in params])
         return clip(params, limit)
 
-    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY | {"steps": 1})
+    cfg = config(small_toy, tmp_path / "run", steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.nn.utils, "clip_grad_norm_", spy)
         main(dataclasses.replace(cfg, accumulate=4))
@@ -133,7 +119,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     small_toy, tmp_path, monkeypatch, more
 ):
     """Catches anything that a checkpoint forgets: optimizer, scaler, data position, dropout, lr."""
-    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "whole"), **TINY | more)
+    cfg = config(small_toy, tmp_path / "whole", **more)
     main(cfg)
 
     class Killed(Exception):
@@ -151,7 +137,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         patch.setattr(train.Corpus, "step", die)
         main(cfg)
     assert torch.load(tmp_path / "cut" / "trainer.pt", weights_only=True)["step"] == 3
-    main(TrainConfig(out=str(tmp_path / "cut"), resume=True), {"out", "resume"})
+    main(TrainConfig(out=str(tmp_path / "cut"), resume=True), RESUME)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
     assert same_numbers(rows(tmp_path / "whole"), rows(tmp_path / "cut"))
@@ -159,16 +145,10 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 def test_sigterm_saves_and_the_printed_command_goes_on(small_toy, tmp_path):
     """SIGTERM in the middle of a step: exit code 0, a checkpoint, a line that resumes the run."""
-    long = flags(
-        data=small_toy, out=tmp_path / "run", **TINY | {"steps": 100000, "save_every": 50000}
-    )
-    process = subprocess.Popen(
-        command(*long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    for line in process.stdout:
-        if line.startswith("step "):
-            process.send_signal(signal.SIGTERM)
-            break
+    long = TINY | {"steps": 100000, "save_every": 50000}
+    process = start(*flags(data=small_toy, out=tmp_path / "run", **long))
+    until(process, "step ")
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     said = re.search(r"stopped at step (\d+); to go on: torchrun train.py (.*)", out)
@@ -184,6 +164,22 @@ def test_sigterm_saves_and_the_printed_command_goes_on(small_toy, tmp_path):
 # ---- numbers
 
 
+def test_the_optimizer_is_the_papers_adam():
+    """Sec. 5.2: betas 0.9, 0.98, the gradient's norm cut to 2; by Adam's formula in float64."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = adam([p], {p}, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    theta, m, v = p.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for t, grad in enumerate(([3.0, -4.0], [0.3, 0.4], [0.0, 1.0]), 1):
+        p.grad = torch.tensor(grad, dtype=torch.float64)
+        norm = float(p.grad.norm())
+        g = p.grad * min(1.0, 2.0 / norm)
+        assert update(optimizer, scaler, [p], 2.0) == pytest.approx(norm)
+        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
+        theta -= 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.98**t)).sqrt() + 1e-8)
+        assert torch.allclose(p.detach(), theta, rtol=0, atol=1e-6)
+
+
 def test_learning_rate_warms_up_and_decays_to_zero():
     """Worked by hand: 4 steps of warm-up to 8, then a straight line to 0 at step 12."""
     cfg = TrainConfig(lr=8.0, warmup=4, steps=12)
@@ -196,23 +192,10 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(small_toy, tmp_path, precision):
     """The loss of 40 steps falls by a nat in fp32, bf16 and fp16 with its scaler, on a CPU too."""
-    settings = TINY | {"steps": 40, "lr": 3e-3, "warmup": 4, "precision": precision}
-    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **settings))
+    settings = dict(steps=40, lr=3e-3, warmup=4, precision=precision)
+    main(config(small_toy, tmp_path / "run", **settings))
     loss = [r["loss"] for r in rows(tmp_path / "run")[:-1]]
     assert np.mean(loss[-3:]) < np.mean(loss[:3]) - 1
-
-
-def poison(monkeypatch, bad: set[int]) -> None:
-    """Make the video of some steps infinite, past the store's own check."""
-    get = loop.Steps.__getitem__
-
-    def spoil(self, i):
-        batch = get(self, i)
-        if self.start + i // self.accumulate in bad:
-            batch.video = batch.video * math.inf
-        return batch
-
-    monkeypatch.setattr(loop.Steps, "__getitem__", spoil)
 
 
 @pytest.mark.parametrize("times, hint", [(7.0, "7 times faster"), (0.6, "bf16, as asked")])
@@ -227,8 +210,7 @@ def test_a_processor_that_only_imitates_bf16_is_told_of(monkeypatch, times, hint
 def test_a_step_that_is_not_finite_is_skipped_and_counted(small_toy, tmp_path, monkeypatch):
     """Catches weights spoilt by one bad batch; the log says how many steps were skipped."""
     poison(monkeypatch, {2, 4})
-    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY)
-    main(dataclasses.replace(cfg, log_every=6))
+    main(config(small_toy, tmp_path / "run", log_every=6))
     assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
     row = rows(tmp_path / "run")[0]
     assert row["skipped"] == 2 and math.isfinite(row["loss"])
@@ -243,7 +225,7 @@ def test_a_skipped_step_is_a_row_that_other_readers_of_json_can_read(
         raise AssertionError(f"{constant} is not JSON")
 
     poison(monkeypatch, {1, 5})
-    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "run"), **TINY))
+    main(config(small_toy, tmp_path / "run"))
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     log = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["grad"] is None for row in log[:-1]] == [n in (1, 5) for n in range(6)]
@@ -258,12 +240,11 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
     small_toy, tmp_path, monkeypatch
 ):
     """Nine bad steps pass, a tenth does not; the checkpoint that is named is a good one."""
-    cfg = TrainConfig(data=str(small_toy), out=str(tmp_path / "a"), **TINY | {"steps": 14})
     poison(monkeypatch, set(range(4, 13)))
-    main(cfg)
+    main(config(small_toy, tmp_path / "a", steps=14))
     poison(monkeypatch, set(range(4, 14)))
     with pytest.raises(ValueError, match=r"ten steps in a row.*step 14.*b/trainer.pt, step 12"):
-        main(dataclasses.replace(cfg, out=str(tmp_path / "b")))
+        main(config(small_toy, tmp_path / "b", steps=14))
     assert all(x.isfinite().all() for x in weights(tmp_path / "b").values())
 
 
@@ -272,11 +253,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_checkpoint(
 
 def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     """Catches a summary without its keys, a model that does not open, means that were not kept."""
-    summary = main(
-        TrainConfig(
-            data=str(small_toy), out=str(tmp_path / "run"), json=str(tmp_path / "s.json"), **TINY
-        )
-    )
+    summary = main(config(small_toy, tmp_path / "run", json=str(tmp_path / "s.json")))
     out = capsys.readouterr().out
     log = rows(tmp_path / "run")
     assert (
@@ -301,8 +278,7 @@ def test_a_run_leaves_a_model_a_log_and_a_summary(small_toy, tmp_path, capsys):
     assert (
         model.video_mean.abs().sum() > 0 and tokenizer.get_vocab_size() == model.config.vocab_size
     )
-    again = main(TrainConfig(data=str(small_toy), init=str(tmp_path / "run"),
-                             out=str(tmp_path / "next"), **TINY))  # fmt: skip
+    again = main(config(small_toy, tmp_path / "next", init=str(tmp_path / "run")))
     assert again["steps"] == 6
 
 
@@ -321,10 +297,7 @@ def test_every_ablation_of_table_8_runs(small_toy, tmp_path, more):
     """Catches a setting that is parsed but not used: each but `workers` changes the first loss."""
     losses = []
     for name, settings in (("a", {}), ("b", more)):
-        cfg = TrainConfig(
-            data=str(small_toy), out=str(tmp_path / name), **TINY | {"steps": 1} | settings
-        )
-        main(cfg)
+        main(config(small_toy, tmp_path / name, **{"steps": 1} | settings))
         losses.append(rows(tmp_path / name)[0]["loss"])
     assert (losses[0] == losses[1]) == ("workers" in more)
 
@@ -340,7 +313,7 @@ def test_a_gpu_trains_in_the_half_precision_that_it_has(monkeypatch, capability,
 def test_compiled_layers_train_like_plain_ones(small_toy, tmp_path):
     """`--compile` changes speed only: losses agree to rounding."""
     for name, compiled in (("plain", False), ("compiled", True)):
-        main(TrainConfig(data=str(small_toy), out=str(tmp_path / name), compile=compiled, **TINY))
+        main(config(small_toy, tmp_path / name, compile=compiled))
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-3)
 
@@ -396,10 +369,10 @@ def test_bad_commands_say_what_would_do_in_one_line(small_toy, tmp_path, monkeyp
 
 def test_a_wrong_bert_is_named(small_toy, tmp_path, monkeypatch, capsys):
     """A config that does not fit the weights beside it, found before any step."""
-    main(TrainConfig(data=str(small_toy), out=str(tmp_path / "bert"), **TINY | {"steps": 1}))
-    config = json.loads((tmp_path / "bert" / "config.json").read_text())
-    config["intermediate_size"] += 1
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    main(config(small_toy, tmp_path / "bert", steps=1))
+    sizes = json.loads((tmp_path / "bert" / "config.json").read_text())
+    sizes["intermediate_size"] += 1
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(sizes))
     cfg = TrainConfig(data=str(small_toy), bert=str(tmp_path / "bert"), **TINY)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"intermediate.dense.bias is \(128,\).*wants \(129,\)"):
@@ -412,10 +385,9 @@ def test_bad_features_stop_a_run_with_their_name_from_a_worker_too(small_toy, tm
     for path in (tmp_path / "world" / "features").glob("how_train*"):
         np.save(path, np.full((200, 64), np.nan, np.float16))
     line = r"how_train_\d+: features hold NaN or infinity"
-    same = dict(data=str(tmp_path / "world"), **TINY)
     with pytest.raises(DataError, match=line):
-        main(TrainConfig(**same, out=str(tmp_path / "here")))
-    args = flags(**same, out=tmp_path / "run", workers=1)
+        main(config(tmp_path / "world", tmp_path / "here"))
+    args = flags(data=tmp_path / "world", out=tmp_path / "run", workers=1, **TINY)
     done = subprocess.run(command(*args), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.match(f"error: .*: {line}", done.stderr)
@@ -428,10 +400,7 @@ def test_missing_features_and_bad_rows_are_counted_in_the_first_lines(small_toy,
     captions = json.loads((tmp_path / "world" / "raw_caption.json").read_text())
     captions["how_train_0001"]["text"][0] = ""
     (tmp_path / "world" / "raw_caption.json").write_text(json.dumps(captions))
-    cfg = TrainConfig(
-        data=str(tmp_path / "world"), out=str(tmp_path / "run"), skip_bad=True, **TINY
-    )
-    main(cfg)
+    main(config(tmp_path / "world", tmp_path / "run", skip_bad=True))
     out = capsys.readouterr().out
     assert "train: 1 of 30 videos have no features, first how_train_0004" in out
     assert "1 bad rows left out, first:" in out and "how_train_0001, caption 0" in out

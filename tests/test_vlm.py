@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import vlm
+from loss import nce
 from tests.small import (
     FIRST_WORD,
     LOSSES,
@@ -176,9 +177,9 @@ def test_a_token_moves_exactly_the_outputs_whose_rows_may_look_at_it(table, kind
 
 def predictions(monkeypatch, model: VLM, batch: Batch, loss: str):
     """Run pretrain_loss; return the predictions e as they reach the loss, and its value."""
-    seen, nce = [], vlm.nce
+    seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(vlm, "nce", lambda e, *args: seen.append(e) or nce(e, *args))
+        patch.setattr("loss.nce", lambda e, *args: seen.append(e) or nce(e, *args))
         value = model.pretrain_loss(batch, loss).value()
     return seen, value
 

@@ -15,7 +15,8 @@ import train
 from benchmarks import DataError
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
-from loop import Objective, Steps, start_ranks
+from loop import Objective, Steps
+from ranks import start_ranks
 from tasks import DATASETS, open_task
 from train import TrainConfig, agreed, build, pre_train, settle
 from vlm import Batch
