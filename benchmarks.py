@@ -5,6 +5,8 @@
     coin/       COIN.json
     crosstask/  tasks_primary.txt, tasks_related.txt, videos.csv, videos_val.csv, annotations/*.csv
 
+    python data.py check DATA           reads all that are there and names what is wrong
+
 Every reader takes `bad`, a function that is handed a message for each bad row: `stop` raises at the
 first, a `Bad()` counts them and the reader goes on with the good ones. Whatever a file holds, it is
 read, or named in one line: no id leads out of its folder, no row is lost without a word.

@@ -1,5 +1,7 @@
 """BERT (Devlin et al., 2019), written here: post-LayerNorm, erf GELU, original weights (sec. 3.1).
 
+    pytest tests/test_bert.py           with -m hf: hidden states beside Hugging Face's
+
 Token-wise work runs on real tokens only: a padded batch (B, L) is packed to N rows once, and only
 attention sees the rectangle again. Modules are named as in Hugging Face's files, so that weights go
 in and out as they are. Keys and values can be kept for generation (sec. 4.5).

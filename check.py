@@ -1,7 +1,9 @@
 """Walk a data folder and say what is in it and what is wrong with it, or pack it into shards.
 
-python data.py check DATA            exit code 1 if anything is wrong
-python data.py pack DATA --out DIR
+    python data.py check DATA           exit code 1 if anything is wrong
+    python data.py pack DATA --out DIR
+
+DATA is laid out as at the top of data.py.
 """
 
 import math

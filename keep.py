@@ -2,6 +2,8 @@
 
 Also what a command does with its memory, and how it ends.
 
+    python tests/kill.py --kills 6      kills runs in two minutes, and compares with whole ones
+
 trainer.pt holds what resuming needs beside the model, log.jsonl what was printed, `lock` who writes
 them. A checkpoint is moved into place when it is whole and the log gets whole lines, so that a kill
 at any moment costs the steps since the last checkpoint and nothing else.

@@ -1,5 +1,7 @@
 """The loop of train.py and finetune.py (sec. 5.2): settings, ranks, steps, checkpoints, log.
 
+    torchrun train.py --steps 20 --log-every 1          twenty times round, a line each
+
 The loss divides by the hidden tokens of the whole step, and V' (Eq. 9) joins all ranks: 1, 2 or 8
 ranks train the same model. What is drawn at random depends on (seed, step) or (seed, epoch, video,
 clip) alone, so nothing random has to be saved.

@@ -1,5 +1,7 @@
 """Noise contrastive estimation, the loss behind every prediction (Eq. 6 and 9), and its sums.
 
+    pytest tests/test_loss.py           Eq. 9 worked by hand, Eq. 5-9 token by token
+
 What is predicted from what, and among which candidates, says VLM.pretrain_loss (Eq. 5-9).
 
 Letters: `D` width, `M` predictions (`M_v` of seconds, then `M_t` of words), `P` candidates. In

@@ -4,6 +4,8 @@ Words of a caption and its reference are matched by being equal, by their stems,
 synonyms or as paraphrases; the alignment that covers most in the fewest pieces is scored. Read from
 top to bottom: words, stems, word lists, candidates, search, score.
 
+    python eval.py captions --references R.json --hypotheses H.json --tokenizer ptb --per-item
+
 The word lists are not ours to pass on. They are read from the package pycocoevalcap (pip install
 --no-deps pycocoevalcap) or from a folder with its files; without them METEOR knows only equal words
 and equal stems, and is called "METEOR (exact+stem)" wherever it stands.

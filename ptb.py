@@ -2,7 +2,9 @@
 
 The published scorers start a Java program for this. Here its rules are regular expressions, tried
 at each place of the text: the longest match wins, among equals the earlier rule. captions.py reads
-captions so with --tokenizer ptb.
+captions so:
+
+    python eval.py captions --references R.json --hypotheses H.json --tokenizer ptb
 """
 
 import re

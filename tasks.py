@@ -13,6 +13,8 @@ The paper's sizes, by which to tell a whole benchmark from a part of one:
     COIN         46,354 segments of 11,827 videos (476 hours); 778 labels and the background
     CrossTask    540 videos to train on, 1,690 to test by (the authors' split)
 
+    python eval.py TASK --run RUN --data DATA           says in its first line how many are there
+
 What an item needs and does not have is left out, counted and said. Letters as in vlm.py.
 """
 

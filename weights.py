@@ -4,6 +4,8 @@
     load_mmpt(model, FILE)    the authors' fairseq checkpoint
     save_run(DIR, model, tokenizer)       what vlm.load_run and Hugging Face's classes read
 
+    python vlm.py convert CHECKPOINT --bert BERT --out RUN
+
 Each says which tensors were loaded, are new, or were in the file and not used.
 """
 
