@@ -19,7 +19,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -440,8 +440,9 @@ class Report:
     chance: dict[str, float]
     constant: dict[str, float]
     constant_name: str
-    paper: dict[str, float] = field(default_factory=dict)
-    note: str = ""
+    paper: dict[str, float]
+    note: str
+    split: str  # of localization: the paper's row is the authors'
 
     @property
     def model(self) -> dict[str, float]:
@@ -462,7 +463,8 @@ class Report:
             self.constant_name: self.constant,
         }
         if self.paper:
-            rows["the paper's model, real data"] = self.paper
+            on = "other videos" if self.split == "val" else "real data"
+            rows[f"the paper's model, {on}"] = self.paper
         columns = list(self.model)
         columns += [c for c in self.paper if c not in columns]
         wide = max(map(len, rows))
@@ -509,6 +511,7 @@ def evaluate(model: VLM, tokenizer: Tokenizer, task: Task, options: Options) -> 
         text,
         PAPER.get(key, {}) if fine_tuned else ZERO_SHOT.get(key, {}),
         f", tokenizer {options.tokenizer}" if task.name == "captioning" else "",
+        task.split,
     )
 
 

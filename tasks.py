@@ -71,7 +71,8 @@ class Task:
     train: groups of items; an epoch draws one of each group, as MSR-VTT's sentences of a video.
     val: held out of the training videos, to choose the best epoch by. test: what is reported.
     labels: segmentation's label ids in class order, 0 the background.
-    said: what was read and what was left out, a line each. bad: who hears of a bad row.
+    said: what was read and what was left out, a line each. bad: who hears of a bad row. split: of
+    localization, one of SPLITS.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Task:
     labels: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     bad: Callable = stop
+    split: str = ""
 
 
 def choose_dataset(name: str, data: Path, dataset: str | None) -> str:
@@ -404,6 +406,7 @@ def _localization(
                 task.said.append(f"{split} videos: {many} {what}")
         return out
 
+    task.split = split
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, wanted one of {', '.join(SPLITS)}")
     training, tested = found["training"], found["validation"]

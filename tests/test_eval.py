@@ -306,6 +306,11 @@ def test_every_table_has_chance_a_constant_and_the_json_of_the_design(small, sma
     assert len(report.answers.predictions) == len(task.test)
     assert "chance" in str(report) and str(len(task.test)) in str(report)
     assert "errors, the first" in error_table(report, 2)
+    theirs = "other videos" if name == "localization" else "real data"
+    wanted = bool(report.paper)
+    assert (f"the paper's model, {theirs}" in str(report)) == wanted
+    as_theirs = dataclasses.replace(report, split="authors")
+    assert ("the paper's model, real data" in str(as_theirs)) == wanted
 
 
 def test_errors_are_the_texts_of_the_clips_that_came_first(small, small_toy):
