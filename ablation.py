@@ -147,15 +147,19 @@ def tune_flags(tune: str, task: str) -> list[str]:
     return flags
 
 
-def check_flags(train: str, tune: str) -> None:
-    """Let the programs read their flags now, not after hours; ValueError for a flag of neither."""
-    parse(TrainConfig, shlex.split(train))
-    taken = [tune_flags(tune, task) for task in ("retrieval", "captioning")]
-    for task, flags in zip(("retrieval", "captioning"), taken, strict=True):
-        parse(TuneConfig, [task, *flags])
-    for word in shlex.split(tune):
-        if word not in taken[0] + taken[1]:
-            raise ValueError(f"--tune {tune!r}: {word} is for neither retrieval nor captioning")
+def check_flags(plan: Plan) -> None:
+    """Let the programs read their command lines now, not after hours.
+
+    Raises: ValueError for a setting that cannot be, or a flag of neither task.
+    """
+    tune = shlex.split(plan.settings["tune"])
+    taken = [word for task in STAGES for word in tune_flags(plan.settings["tune"], task)]
+    if odd := [word for word in tune if word not in taken]:
+        raise ValueError(f"--tune: {odd[0]} is for neither retrieval nor captioning")
+    for row, stage in itertools.product(plan.rows, STAGES):
+        command = plan.command(row, plan.seeds[0], stage)
+        if "--resume" not in command:
+            parse(TrainConfig if stage == "pre-training" else TuneConfig, command[2:])
 
 
 def summary(run: Path) -> dict | None:
@@ -517,13 +521,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--jobs is {args.jobs}, wanted at least 1")
         if is_toy(args.data) and not Path(args.data).exists():
             write_toy(args.data)  # here, once, and not in every process
-        check_flags(args.train, args.tune)
         limit = args.limit or ((40, 150) if is_toy(args.data) else (0, 0))
         settings = {k: getattr(args, k) for k in ("data", "bert", "steps", "dataset")}
         settings |= dict(train=args.train, tune=args.tune)
         settings |= dict(limit=dict(retrieval=limit[0], captioning=limit[1]))
+        plan = Plan(out, rows, args.seeds, settings, args.jobs)
+        check_flags(plan)
         check_settings(out, settings)
-        plan = Plan(out, rows, args.seeds, settings, args.jobs, hold(out))
+        plan.held = hold(out)
         print(f"{plan.progress()} under {out}, {plan.jobs} at a time", flush=True)
         run_all(plan)
         if plan.stopped:

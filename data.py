@@ -14,6 +14,7 @@ vocabulary. Everything drawn at random depends on (seed, epoch, video, clip) alo
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ import math
 import zlib
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -387,11 +388,10 @@ class Corpus:
     min_text: int = 8
     mmm: float = 0.5
     skip_bad: bool = False
+    said: set[str] = field(default_factory=set)  # videos that cannot be read
 
     MAX_TEXT = 64  # word pieces (sec. 5.2)
-
-    def __post_init__(self):
-        self.said: set[tuple[str, str]] = set()  # videos that cannot be read, and why
+    TRIES = 100
 
     def order(self, epoch: int) -> list[int]:
         """Shuffle the videos of one epoch."""
@@ -410,32 +410,47 @@ class Corpus:
         Raises: DataError for a clip that cannot be read; with skip_bad, if no video's can.
         """
         size = batch // parts
-        places = []
+        draws = []
         for n in range(step * batch + part * size, step * batch + (part + 1) * size):
             slot, clip = divmod(n, self.clips_per_video)
-            places.append((*divmod(slot, len(self.ids)), clip))
+            draws.append((*divmod(slot, len(self.ids)), clip))
         try:
-            return self.clips([(epoch, self.order(epoch)[i], clip) for epoch, i, clip in places])
+            return self.clips(self.at(draws))
         except DataError:
             if not self.skip_bad:
                 raise
-        return self.clips([self.readable(*place) for place in places])
+        good = []
+        for _, group in itertools.groupby(draws, lambda draw: draw[:2]):  # clips of one video
+            good += self.readable(list(group))
+        return self.clips(good)
 
-    def readable(self, epoch: int, place: int, clip: int) -> tuple[int, int, int]:
-        """Draw a clip of the video at a place of an epoch or, if it cannot be read, one more of the
-        next video that can: a step has as many clips on any number of ranks. DataError if none."""
-        order = self.order(epoch)
-        for i in range(len(order)):
-            other = order[(place + i) % len(order)]
-            draw = epoch, other, clip + i * self.clips_per_video
+    def at(self, draws: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Turn (epoch, place in its order, clip number) into (epoch, index, clip number)."""
+        return [(epoch, self.order(epoch)[place], clip) for epoch, place, clip in draws]
+
+    def readable(self, draws: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Draw, in place of each clip of one video that cannot be read, one more of the next video
+        that can, so that a step has as many clips on any number of ranks.
+
+        Raises: DataError where none of the next TRIES videos can be read.
+        """
+        with contextlib.suppress(DataError):
+            self.clips(found := self.at(draws))
+            return found
+        if len(draws) > 1:
+            return [draw for one in draws for draw in self.readable([one])]
+        ((epoch, place, clip),) = draws
+        for i in range(min(self.TRIES, len(self.ids))):
+            other = (epoch, (place + i) % len(self.ids), clip + i * self.clips_per_video)
+            (draw,) = self.at([other])
             try:
                 self.clips([draw])
-                return draw
+                return [draw]
             except DataError as error:
-                if (self.ids[other], str(error)) not in self.said:
-                    print(f"another clip is drawn instead: {error}", flush=True)
-                self.said.add((self.ids[other], str(error)))
-        raise DataError(f"no video of {len(order)} can be read, first {self.ids[order[0]]}")
+                if (video := self.ids[draw[1]]) not in self.said:
+                    print(f"other clips are drawn instead: {error}", flush=True)
+                self.said.add(video)
+        raise DataError(f"none of {i + 1} videos, one after the other, can be read")
 
     def clips(self, draws: list[tuple[int, int, int]]) -> Batch:
         """Draw clips (epoch, index into ids, clip number): a Batch with hidden tokens."""

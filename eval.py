@@ -16,11 +16,9 @@ or lie in -1..1. Letters as in vlm.py, and N items, K candidates or labels.
 
 import argparse
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -657,7 +655,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def which_split(c: VLMConfig, args: argparse.Namespace) -> str:
     """Choose localization's test videos: none that the run of config c has seen, or ValueError."""
-    seen = (c.split or "val") if c.task == "localization" else ""
+    seen = (c.split.split() or ["val"])[0] if c.task == "localization" else ""
     asked = getattr(args, "split", None) or seen or "val"
     if (seen, asked) == ("val", "authors"):
         raise ValueError(f"--split authors tests by videos that {args.run} may have been trained "
@@ -674,14 +672,16 @@ def task_command(name: str, args: argparse.Namespace) -> int:
     task = open_task(name, args.data, features, getattr(args, "dataset", None), args.skip_bad,
                      labels=model.config.labels, split=which_split(model.config, args))  # fmt: skip
     print("\n".join(task.said))
+    if model.config.task == name and task.split not in ("val", "", model.config.split):
+        raise ValueError(f"--split {task.split}: {args.run} was trained on {model.config.split}, "
+                         "with other features or annotations: test it with those")  # fmt: skip
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Options)}
     options = Options(**{k: v for k, v in given.items() if v is not None})
     report = evaluate(model, tokenizer, task, options)
     print(f"\n{report}")
     if args.errors:
         print(f"\n{error_table(report, args.errors)}")
-    if args.predictions:
-        Path(args.predictions).write_text(json.dumps(report.answers.predictions) + "\n")
+    write_json(args.predictions, report.answers.predictions, indent=None)
     write_json(args.json, report.to_json())
     return 0
 

@@ -346,9 +346,13 @@ def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokeni
         model.set_labels(task.labels)
     # what a loss never reads, DDP must not wait for: the MLM head is the captioner's alone
     model.cls.requires_grad_(cfg.task == "captioning")
+    if c.task == cfg.task == "localization" and task.split not in ("val", c.split):
+        run = cfg.out if cfg.resume else cfg.init
+        raise ValueError(f"--split {cfg.split}: {run} was trained on other videos, which may be "
+                         "among those that it is tested by")  # fmt: skip
     c.stage, c.task = "fine-tuned", cfg.task
     c.data = f"{Path(cfg.data).resolve().name}/{task.dataset}"
-    c.split = cfg.split if cfg.task == "localization" else ""
+    c.split = task.split
     return model, tokenizer
 
 

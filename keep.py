@@ -306,11 +306,14 @@ def differences(state: dict, facts: dict) -> list[str]:
     ]
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole."""
+def read_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """Read trainer.pt without running anything in it; ValueError if it is not one, or not whole.
+
+    mmap: leave the tensors on disk, for whoever wants the settings.
+    """
     try:
         refuse_programs(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"{path}: no checkpoint to resume from, the run was not begun") from None
     except Exception as error:  # torch's reader fails in a dozen ways on a damaged file
@@ -372,10 +375,10 @@ def can_write(path: str | Path | None, flag: str) -> None:
         raise ValueError(f"{flag} {path} cannot be written: choose another place")
 
 
-def write_json(path: str | Path | None, data: object) -> None:
+def write_json(path: str | Path | None, data: object, indent: int | None = 1) -> None:
     """Write what --json or --predictions asks for, if it does."""
     if path:
-        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[], object]) -> None:

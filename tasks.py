@@ -36,6 +36,7 @@ from benchmarks import (
     stop,
 )
 from data import FeatureStore
+from keep import fingerprint
 from univl import read_youcook2
 
 DATASETS = {  # each task's benchmarks, as folders of DATA; the first one there is taken
@@ -72,7 +73,7 @@ class Task:
     val: held out of the training videos, to choose the best epoch by. test: what is reported.
     labels: segmentation's label ids in class order, 0 the background.
     said: what was read and what was left out, a line each. bad: who hears of a bad row. split: of
-    localization, one of SPLITS.
+    localization: "val", or "authors" and a fingerprint of what it drew to train on.
     """
 
     name: str
@@ -412,6 +413,7 @@ def _localization(
     training, tested = found["training"], found["validation"]
     if split == "authors":
         training, tested = authors_split(task, found, train_videos)
+        task.split += " " + fingerprint([f"{name} {video}" for name, video in sorted(training)])
     train = open_videos("training", training)
     test = open_videos("test" if split == "authors" else "validation", tested)
     chosen = [

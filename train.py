@@ -172,8 +172,8 @@ def newest_run(cfg: LoopConfig) -> Path:
     """Find the newest run of this name, which --resume without --out means; ValueError if none."""
     runs = [p.parent for p in Path("runs").glob("*/trainer.pt") if named_after(cfg, p.parent)]
     for path in sorted(runs, key=lambda p: (p / "trainer.pt").stat().st_mtime, reverse=True):
-        data = read_checkpoint(path / "trainer.pt")["config"].get("data", cfg.data)
-        if Path(data).resolve() == Path(cfg.data).resolve():  # runs/a-2 may be of a or of a-2
+        data = read_checkpoint(path / "trainer.pt", mmap=True)["config"].get("data")
+        if data and Path(data).resolve() == Path(cfg.data).resolve():  # runs/a-2: of a or a-2
             return path
     raise ValueError("--resume: no run with a trainer.pt under runs/ that was trained on "
                      f"{cfg.data}: name one with --out")  # fmt: skip

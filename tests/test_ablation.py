@@ -12,7 +12,7 @@ import pytest
 
 import ablation
 import bench
-from ablation import ROWS, STAGES, Plan, collect, order, run_all, table, write_report
+from ablation import ROWS, STAGES, Plan, check_flags, collect, order, run_all, table, write_report
 from finetune import TuneConfig
 from loop import parse
 from train import TrainConfig
@@ -189,12 +189,14 @@ def test_flags_for_fine_tuning_reach_the_tasks_that_have_them(tmp_path):
     out = ["--out", str(tmp_path / "out"), "--data", str(tmp_path)]
     for flags, why in ((["--tune", "--stride 8"], "--stride is for neither retrieval nor"),
                        (["--tune", "--lr -1"], "--lr is -1.0, wanted more than 0"),
+                       (["--tune", "--bert B"], "--bert and --init both give weights"),
                        (["--train", "--mmm 2"], "--mmm is 2.0, wanted 0..1")):  # fmt: skip
         with pytest.raises(ValueError, match=why):
             bench.main(["ablation", *out, *flags])
     with pytest.raises(SystemExit):
         bench.main(["ablation", *out, "--tune", "--unknown 1"])
     assert not (tmp_path / "out").exists()
+    check_flags(Plan(tmp_path, ["mmm0"], [0], SETTINGS | dict(bert="B", train="--scratch")))
 
 
 def test_a_report_can_be_had_at_any_time(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import eval
 import finetune
+import tasks
 import train
 from benchmarks import DataError
 from data import open_features
@@ -458,3 +460,31 @@ def test_a_real_bert_is_fine_tuned_on_real_data_by_two_ranks(shared, tmp_path):
     assert "segmentation on coin, 10 items" in done.stdout and "always 9" in done.stdout
     log = rows(tmp_path / "runs" / "salads-segmentation")
     assert log[-1]["final"] and dataclasses.asdict(TuneConfig())["task"] == "retrieval"
+
+
+def test_no_run_is_tested_by_videos_that_it_was_trained_on(
+    small_toy, whole, tmp_path, monkeypatch, capsys
+):
+    """CrossTask's two splits: a run keeps its own, and other features than its own would draw
+    another; here of 3 videos a task, for 8 are too few for the authors' 30."""
+    world = shutil.copytree(small_toy, tmp_path / "world")
+    drawn = tasks.authors_split
+    monkeypatch.setattr(tasks, "authors_split", lambda task, found, n: drawn(task, found, 3))
+    how = dict(task="localization", epochs=1)
+    finetune.main(tuning(world, tmp_path / "val", whole, **how))
+    finetune.main(tuning(world, tmp_path / "theirs", whole, split="authors", **how))
+    assert load_run(tmp_path / "theirs")[0].config.split.startswith("authors ")
+    for run, more, line in (("theirs", [], "localization on crosstask, --split authors: "),
+                            ("theirs", ["--split", "val"], "crosstask, --split val: "),
+                            ("val", [], "crosstask, --split val: ")):  # fmt: skip
+        capsys.readouterr()
+        me = ["localization", "--run", str(tmp_path / run), "--data", str(world)]
+        assert eval.main([*me, *more]) == 0 and line in capsys.readouterr().out
+    with pytest.raises(ValueError, match="val may have been trained on"):
+        eval.main([*me, "--split", "authors"])
+    with pytest.raises(ValueError, match="val was trained on other videos, which may be"):
+        finetune.main(tuning(world, tmp_path / "more", tmp_path / "val", split="authors", **how))
+    pair = (world / "crosstask" / "videos.csv").read_text().split(",")[1]
+    next(world.glob(f"features*/{pair}.npy")).unlink()
+    with pytest.raises(ValueError, match="with other features or annotations: test it with those"):
+        eval.main(["localization", "--run", str(tmp_path / "theirs"), "--data", str(world)])

@@ -127,6 +127,7 @@ def test_crosstask_is_split_as_the_authors_code_does(world):
     task = open_task("localization", world, open_features(world), split="authors", train_videos=3)
     assert [item.clip.video for item in task.test] == test
     assert {w.clip.video for group in task.train for w in group} == set(train)
+    assert task.split.startswith(f"authors {len(train)} (")
     with pytest.raises(DataError, match="trains on 30 of a task, and none has more than 5"):
         open_task("localization", world, open_features(world), split="authors")
     with pytest.raises(ValueError, match="split is 'x', wanted one of val, authors"):
