@@ -664,7 +664,7 @@ def which_split(c: VLMConfig, args: argparse.Namespace) -> str:
 
 
 def task_command(name: str, args: argparse.Namespace) -> int:
-    """Evaluate a run on one task."""
+    """Evaluate a run on one task; ValueError for videos that it may have been trained on."""
     can_write(args.predictions, "--predictions")
     can_write(args.json, "--json")
     model, tokenizer = load_run(args.run, args.device)

@@ -336,7 +336,10 @@ class Best:
 
 
 def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokenizer]:
-    """Make the model to fine-tune: weights, classifier, and which parameters the task trains."""
+    """Make the model to fine-tune: weights, classifier, and which parameters the task trains.
+
+    Raises: ValueError for one that was trained on what it would be tested by.
+    """
     model, tokenizer = make_model(cfg, task.features.width, say)
     c = model.config
     if c.num_labels == len(task.labels) and not c.labels:  # a release names no labels: in our order
