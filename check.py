@@ -212,6 +212,24 @@ def _seconds(store, video: str) -> float:
         return math.inf
 
 
+def pack_features(folder: Path, out: Path, shard_mb: float, bad: Callable) -> None:
+    """Copy a folder's features into shards of about shard_mb MB; `bad` hears of unread ones."""
+    store, shard, size, n, videos = FeatureStore(folder), {}, 0, 0, 0
+    out.mkdir()
+    for video in [*sorted(store.place), None]:  # None: what is left
+        if shard and (video is None or size >= shard_mb * 1e6):
+            save_file(shard, out / f"shard-{n:05d}.safetensors")
+            shard, size, n, videos = {}, 0, n + 1, videos + len(shard)
+        if video is None:
+            break
+        try:  # in C's order, for safetensors writes memory as it lies
+            shard[video] = np.array(store.open(video)[:], order="C")
+            size += shard[video].nbytes
+        except DataError as error:
+            bad(str(error))
+    print(f"{out.name}: {videos} videos in {n} shards")
+
+
 def pack(
     data: Path, out: Path, tokenizer: Tokenizer | None, shard_mb: float,
     features: str | None = None, skip_bad: bool = False,
@@ -245,20 +263,7 @@ def pack(
     elif raw.exists():
         print("captions: copied as they are (pass --bert DIR to tokenise them once and for all)")
     for name, folder in sources.items():
-        store, shard, size, n, videos = FeatureStore(folder), {}, 0, 0, 0
-        (out / name).mkdir()
-        for video in [*sorted(store.place), None]:  # None: what is left
-            if shard and (video is None or size >= shard_mb * 1e6):
-                save_file(shard, out / name / f"shard-{n:05d}.safetensors")
-                shard, size, n, videos = {}, 0, n + 1, videos + len(shard)
-            if video is None:
-                break
-            try:  # in C's order, for safetensors writes memory as it lies
-                shard[video] = np.array(store.open(video)[:], order="C")
-                size += shard[video].nbytes
-            except DataError as error:
-                bad(str(error))
-        print(f"{name}: {videos} videos in {n} shards")
+        pack_features(folder, out / name, shard_mb, bad)
     if isinstance(bad, Bad) and bad.messages:
         print(f"{len(bad.messages)} bad rows left out, first: {bad.messages[0]}")
     made = {*folders, *sources.values(), *([raw, data / "captions"] if flat else [])}
