@@ -43,7 +43,7 @@ from keep import (
     last_checkpoint,
 )
 from loss import LossSums
-from ranks import Ranks
+from ranks import Ranks, leave
 from vlm import VLM, Batch
 from weights import first_line
 
@@ -195,6 +195,7 @@ def launch(main: Callable, Config: type, description: str, argv: list[str] | Non
     try:
         main(*parse(Config, argv, description))
         ignore_signals()  # all is saved: a second one on the way out must not look like a failure
+        leave()
         return 0
     except KeyboardInterrupt:
         print("error: ended at once; --resume goes on from the last checkpoint", file=sys.stderr)

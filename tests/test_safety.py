@@ -319,6 +319,20 @@ def test_narrow_models_keep_what_they_free(small_toy, tmp_path, monkeypatch, wid
     assert len(asked) == calls
 
 
+@pytest.mark.parametrize("world, ended", [("1", []), ("2", [0])])
+def test_a_rank_that_is_done_ends_before_anything_can_abort_it(monkeypatch, world, ended):
+    """Catches a finished rank whose end torchrun reports as a failure; alone nothing is held."""
+    codes = []
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert launch(lambda *_: None, TrainConfig, "", []) == 0 and codes == ended
+    finally:
+        for s, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(s, handler)
+
+
 def test_a_gpu_without_room_is_said_in_one_line(capsys):
     """With what to do about it; PyTorch's error is a RuntimeError, which launch would pass on."""
 
