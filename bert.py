@@ -57,7 +57,7 @@ class VLMConfig:
     stage: str = "untrained"
     task: str = ""
     data: str = ""
-    split: str = ""  # of CrossTask, one of tasks.SPLITS; older runs name none: theirs was "val"
+    split: str = ""  # of CrossTask, as Task.split; older runs name none: theirs was "val"
 
     def __post_init__(self):
         check_sizes(self)

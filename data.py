@@ -407,7 +407,7 @@ class Corpus:
         `batch` clips, of which part i of n is the i-th of n equal shares: who computes what changes
         nothing.
 
-        Raises: DataError for a clip that cannot be read; with skip_bad, if no video's can.
+        Raises: DataError for a clip that cannot be read; with skip_bad, if nor can TRIES videos.
         """
         size = batch // parts
         draws = []
@@ -432,12 +432,14 @@ class Corpus:
         """Draw, in place of each clip of one video that cannot be read, one more of the next video
         that can, so that a step has as many clips on any number of ranks.
 
-        Raises: DataError where none of the next TRIES videos can be read.
+        Args:    draws: (epoch, place, clip number) each, as `at` takes them.
+        Returns: as many (epoch, index, clip number).
+        Raises:  DataError where none of the next TRIES videos can be read.
         """
-        with contextlib.suppress(DataError):
-            self.clips(found := self.at(draws))
-            return found
         if len(draws) > 1:
+            with contextlib.suppress(DataError):
+                self.clips(found := self.at(draws))
+                return found
             return [draw for one in draws for draw in self.readable([one])]
         ((epoch, place, clip),) = draws
         for i in range(min(self.TRIES, len(self.ids))):

@@ -35,8 +35,8 @@ from keep import can_write, write_json
 from loss import LossSums, nce
 from meteor import meteor_files
 from search import centre, embed_clips, embed_texts, fitting_features, read_video, spaces, whole
-from tasks import DATASETS, SPLITS, Item, Task, open_task
-from vlm import VLM, VLMConfig, load_run, run
+from tasks import DATASETS, SPLITS, Item, Task, open_task, refuse_seen
+from vlm import VLM, load_run, run
 
 # ---------------------------------------------------------------------------------------------
 # Retrieval metrics (Tables 2 and 3)
@@ -653,28 +653,18 @@ def add_task_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--json", metavar="FILE", help="write the table to this file as JSON")
 
 
-def which_split(c: VLMConfig, args: argparse.Namespace) -> str:
-    """Choose localization's test videos: none that the run of config c has seen, or ValueError."""
-    seen = (c.split.split() or ["val"])[0] if c.task == "localization" else ""
-    asked = getattr(args, "split", None) or seen or "val"
-    if (seen, asked) == ("val", "authors"):
-        raise ValueError(f"--split authors tests by videos that {args.run} may have been trained "
-                         "on: fine-tune it with that flag too")  # fmt: skip
-    return asked
-
-
 def task_command(name: str, args: argparse.Namespace) -> int:
-    """Evaluate a run on one task; ValueError for videos that it may have been trained on."""
+    """Evaluate a run on one task."""
     can_write(args.predictions, "--predictions")
     can_write(args.json, "--json")
     model, tokenizer = load_run(args.run, args.device)
     features = fitting_features(args, model)
+    c = model.config
+    split = getattr(args, "split", None) or (c.split.split() or ["val"])[0]  # "authors 540 (..)"
     task = open_task(name, args.data, features, getattr(args, "dataset", None), args.skip_bad,
-                     labels=model.config.labels, split=which_split(model.config, args))  # fmt: skip
+                     labels=c.labels, split=split)  # fmt: skip
     print("\n".join(task.said))
-    if model.config.task == name and task.split not in ("val", "", model.config.split):
-        raise ValueError(f"--split {task.split}: {args.run} was trained on {model.config.split}, "
-                         "with other features or annotations: test it with those")  # fmt: skip
+    refuse_seen(task, c, args.run)
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Options)}
     options = Options(**{k: v for k, v in given.items() if v is not None})
     report = evaluate(model, tokenizer, task, options)

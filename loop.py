@@ -1,4 +1,4 @@
-"""The loop of train.py and finetune.py (sec. 5.2): settings, ranks, steps, checkpoints, log.
+"""The loop of train.py and finetune.py (sec. 5.2): settings, precision, steps, log.
 
     torchrun train.py --steps 20 --log-every 1          twenty times round, a line each
 

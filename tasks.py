@@ -38,6 +38,7 @@ from benchmarks import (
 from data import FeatureStore
 from keep import fingerprint
 from univl import read_youcook2
+from vlm import VLMConfig
 
 DATASETS = {  # each task's benchmarks, as folders of DATA; the first one there is taken
     "retrieval": ("msrvtt", "youcook2"),
@@ -368,6 +369,15 @@ def authors_split(task: Task, found: dict, train_videos: int) -> tuple[list, lis
         task.said.append(f"test videos: none left, for --split authors trains on {train_videos} of "
                          f"a task, and none has more than {most}")  # fmt: skip
     return training, test
+
+
+def refuse_seen(task: Task, c: VLMConfig, run: str) -> None:
+    """Raise ValueError if localization is tested by what `run`, of config c, may have seen."""
+    if c.task == task.name == "localization" and task.split not in ("val", c.split):
+        was = c.split or "val"
+        raise ValueError(f"--split {task.split}: {run} was fine-tuned beside {was}, and may have "
+                         "been trained on videos that this tests by: give it that split, and the "
+                         "features and annotations it had, or fine-tune anew")  # fmt: skip
 
 
 def _localization(
