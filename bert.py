@@ -10,12 +10,14 @@ Letters: `B` clips, `L` tokens of a sequence, `N` real tokens of a batch, `D` wi
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import DataError, is_words, read_json, shown
 
@@ -97,6 +99,9 @@ class VLMConfig:
 # The encoder
 
 
+WIDE = 512  # hidden size from which products take nearly all of a CPU's step, and memory counts
+
+
 def pad(x: Tensor, rows: Tensor, B: int, L: int) -> Tensor:
     """Lay packed real tokens x (N, D), rows (N,) of B L, out as (B, L, D), zeros elsewhere."""
     D = x.shape[1]
@@ -139,29 +144,35 @@ class Layer(nn.Module):
         self.output = nn.ModuleDict(
             {"dense": nn.Linear(c.intermediate_size, D), "LayerNorm": nn.LayerNorm(D, eps)}
         )
-        self.heads = c.num_attention_heads
+        self.heads, self.wide = c.num_attention_heads, D >= WIDE
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
         self.attention_dropout = c.attention_probs_dropout_prob
 
-    def qkv(self, x: Tensor, rows: Tensor, B: int, L: int) -> list[Tensor]:
-        """Queries, keys and values of packed tokens x (N, D), rows (N,): 3 x (B, H, L, D/H)."""
+    def qkv(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values of packed tokens x (N, D): 3 x (N, D)."""
+        return [linear(x) for linear in self.attention["self"].values()]
+
+    def by_clip(self, three: Sequence[Tensor], rows: Tensor, B: int, L: int) -> list[Tensor]:
+        """Lay three (N, D) each, rows (N,), out by clip and head: 3 x (B, H, L, D/H)."""
         # Matrices multiply real tokens only; attention alone needs the padded rectangle, and its
         # share is small: 4 L D of a layer's 24 D² + 4 L D operations a token, 2 % at BERT-base.
-        D, H = x.shape[1], self.heads
-        three = (pad(linear(x), rows, B, L) for linear in self.attention["self"].values())
-        return [y.view(B, L, H, D // H).transpose(1, 2) for y in three]
+        D, H = three[0].shape[1], self.heads
+        return [pad(y, rows, B, L).view(B, L, H, D // H).transpose(1, 2) for y in three]
 
     def dropped(self) -> float:
         """Return the share of attention weights to be dropped now, 0..1."""
         return self.attention_dropout if self.training else 0.0
 
-    def look(self, x: Tensor, rows: Tensor, attend: Tensor, past: list | None) -> Tensor:
+    def look(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, attend: Tensor,
+        past: list | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention as attend says, over the padded rectangle; arguments as those of `forward`.
 
-        x (N, D), rows (N,), attend (B, L, L) or, with past, (B, L, P + L) -> (N, D).
+        q, k, v (N, D), rows (N,), attend (B, L, L) or, with past, (B, L, P + L) -> (N, D).
         """
-        (B, L, _), D = attend.shape, x.shape[1]
-        q, k, v = self.qkv(x, rows, B, L)  # (B, H, L, D/H)
+        (B, L, _), D = attend.shape, q.shape[1]
+        q, k, v = self.by_clip((q, k, v), rows, B, L)  # (B, H, L, D/H)
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
@@ -184,6 +195,21 @@ class Layer(nn.Module):
         a = kernel(q, k, v, None, begins, begins, longest, longest, p, 0, torch.is_grad_enabled())
         return a[0].view_as(x)
 
+    def shrink(self, x: Tensor) -> Tensor:
+        """The second half of the inner network: x (N, 4 D) -> (N, D)."""
+        return self.output["dense"](F.gelu(x))
+
+    def recomputed(self, f: Callable[..., Tensor], *args) -> Tensor:
+        """Call f; a wide layer trained on a CPU holds args, of any shape, and in backward calls f
+        again, up to its last product, instead of holding what f makes.
+
+        For what is large and cheap: padded rectangles, attention's weights, (B, H, L, L) three
+        times where dropout keeps PyTorch from its kernel, and GELU's (N, 4 D).
+        """
+        if self.wide and torch.is_grad_enabled() and args[0].device.type == "cpu":
+            return checkpoint(f, *args, use_reentrant=False)
+        return f(*args)
+
     def forward(
         self, x: Tensor, rows: Tensor, attend: Tensor | None, past: list | None = None,
         packed: tuple[Tensor, int] | None = None,
@@ -194,10 +220,15 @@ class Layer(nn.Module):
         covers too, or an empty list; those of x are added to it. packed: instead of attend
         (B, L, L), what look_at_all wants: where clips begin (B+1,), and the longest.
         """
-        a = self.look_at_all(x, *packed) if packed else self.look(x, rows, attend, past)  # (N, D)
+        if packed:
+            a = self.look_at_all(x, *packed)  # (N, D)
+        elif past is None:
+            a = self.recomputed(self.look, *self.qkv(x), rows, attend)
+        else:
+            a = self.look(*self.qkv(x), rows, attend, past)
         out = self.attention["output"]
         x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
-        y = self.output["dense"](F.gelu(self.intermediate["dense"](x)))
+        y = self.recomputed(self.shrink, self.intermediate["dense"](x))
         return self.output["LayerNorm"](x + self.dropout(y))
 
 

@@ -381,15 +381,25 @@ def write_json(path: str | Path | None, data: object, indent: int | None = 1) ->
         Path(path).write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
 
 
-def run(main: Callable[[], object]) -> None:
+def leave(code: int | None) -> typing.NoReturn:
+    """End this process. One of several ranks ends at once: all is written, and Python's own end,
+    while PyTorch's threads still hold the group, has been seen to abort a rank that was done."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
+def run(main: Callable[[], int | None]) -> typing.NoReturn:
     """Call a file's main; what the user can mend is one line on stderr and exit code 2."""
     try:
-        sys.exit(main())
+        leave(main())
     except BrokenPipeError:  # whoever reads our output, as head does, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may exit write there
-        sys.exit(1)
+        leave(1)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # what all ranks meet rank 0 says, and torchrun then ends the others
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)

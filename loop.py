@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import DataError
+from bert import WIDE
 from keep import (
     Checkpoint,
     Log,
@@ -43,7 +44,7 @@ from keep import (
     last_checkpoint,
 )
 from loss import LossSums
-from ranks import Ranks, leave
+from ranks import Ranks
 from vlm import VLM, Batch
 from weights import first_line
 
@@ -195,7 +196,6 @@ def launch(main: Callable, Config: type, description: str, argv: list[str] | Non
     try:
         main(*parse(Config, argv, description))
         ignore_signals()  # all is saved: a second one on the way out must not look like a failure
-        leave()
         return 0
     except KeyboardInterrupt:
         print("error: ended at once; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -354,7 +354,7 @@ class Trainer:
         cfg, facts, world = self.cfg, self.facts(), self.ranks.world
         self.objective = distribute(self.model, self.loss, self.ranks, cfg.compile)
         self.model.train()
-        if facts["device"] == "cpu" and self.model.config.hidden_size < 512:
+        if facts["device"] == "cpu" and self.model.config.hidden_size < WIDE:
             hold_pages()
         self.ranks.say(f"training in {self.why}, {world} process{'es' * (world > 1)}, "
                        f"{facts['parameters']:,} parameters")  # fmt: skip

@@ -167,7 +167,7 @@ def attention(model: VLM, batch: Batch, kind: str = "full") -> Tensor:
 
     def look(layer, inputs) -> None:
         x, rows = inputs[:2]
-        q, k, _ = layer.qkv(x, rows, *attend.shape[:2])
+        q, k, _ = layer.by_clip(layer.qkv(x), rows, *attend.shape[:2])
         score = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         seen.append(score.masked_fill(~attend[:, None], -torch.inf).softmax(3))
 

@@ -7,7 +7,6 @@ Whatever one rank draws, reads or meets, and the others have to know, goes throu
 
 import gc
 import os
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,15 +141,6 @@ def start_ranks() -> Ranks:
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(rank, world, device)
-
-
-def leave() -> None:
-    """End one of several ranks here, with 0: all is written, and Python's own end, while PyTorch's
-    threads still hold the group, has been seen to abort a rank that was done."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 class _GatherRows(torch.autograd.Function):

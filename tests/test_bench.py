@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import bench
+import s3d
 from bench import operations, padded_loss, paper_batch
+from toy import write_toy
 from vlm import VLM, VLMConfig
 
 SMALL = dict(hidden_size=24, num_attention_heads=2, intermediate_size=32, num_hidden_layers=1)
@@ -75,15 +77,25 @@ def test_both_are_timed_in_turn():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, names",
-    [("encode", ["encode", "contrast"]), ("data", ["data", "data wide", "data share"])],
-)
+@pytest.mark.parametrize("name, names", [
+    ("precision", ["precision bf16", "precision fp16"]),
+    ("caption", ["caption", "caption unpadded"]),
+    ("encode", ["encode", "contrast"]),
+    ("data", ["data", "data wide", "data share"]),
+    pytest.param("metrics", ["metrics", "meteor"], marks=pytest.mark.coco),
+    ("s3d", ["s3d fp32", "file fp32"]),
+])  # fmt: skip
 def test_commands_write_their_rows(tmp_path, capsys, name, names, monkeypatch):
-    """The short ones, with one layer; times are not tested."""
+    """`python bench.py NAME`, in short; times are not tested. `step` and `scale` have their own."""
+    if name == "s3d":
+        pytest.importorskip("av", reason="PyAV is not installed: pip install av")
     monkeypatch.setattr(bench, "start_ranks", lambda: None)
+    monkeypatch.setattr(bench, "half", lambda: None)
+    monkeypatch.setattr(bench, "write_toy", lambda root, scale: write_toy(root, scale=0.05))
+    monkeypatch.setattr(s3d, "SIZE", 64)  # of 224
     path = tmp_path / "rows.json"
-    assert bench.main([name, "--layers", "1", "--repeat", "1", "--json", str(path)]) == 0
+    short = "--layers 1 --clips 1 --repeat 1 --steps 20 --json".split()
+    assert bench.main([name, *short, str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [r["name"] for r in rows] == names and all(r["ratio"] > 0 for r in rows)
     assert "torch" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import bert
 import vlm
 from data import special_ids
 from tests.small import (
@@ -16,6 +17,7 @@ from tests.small import (
     SEP,
     SEP_PLACE,
     B,
+    L,
     T,
     V,
     W,
@@ -87,6 +89,29 @@ def test_the_papers_sizes_have_the_papers_110_million_parameters():
     with torch.device("meta"):
         n = sum(p.numel() for p in VLM(VLMConfig()).parameters())
     assert n // 10**6 == 110 and abs(VLMConfig().parameters - n) < n / 100
+
+
+def test_a_wide_layer_holds_less_and_has_the_same_gradients(monkeypatch):
+    """With dropout, whose draws are repeated: bit for bit; neither attention's weights nor GELU."""
+    found, batch = [], random_batch()
+    N = int(batch.video_valid.sum() + batch.text_valid.sum()) + 2 * B  # with [CLS] and [SEP]
+    for least in (1, 2**20):
+        monkeypatch.setattr(bert, "WIDE", least)
+        model = tiny_model(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).train()
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, held=held: held.append(x) or x, lambda x: x
+        ):
+            torch.manual_seed(0)
+            loss = model.pretrain_loss(batch).value()
+        loss.backward()
+        weights = sum(x.numel() == B * 3 * L * L for x in held)  # of 3 heads
+        inner = sum(x.shape == (N, 20) for x in held)
+        found.append((weights, inner, [p.grad for p in model.parameters()]))
+    (*few, grads), (*many, plain) = found
+    assert few == [0, 2] and many == [2 * 3, 2 * 2], "held by two layers"
+    for x, y in zip(grads, plain, strict=True):
+        assert (x is None and y is None) or torch.equal(x, y)
 
 
 def test_config_json_keeps_known_keys_and_refuses_what_this_bert_cannot_do(tmp_path):

@@ -7,8 +7,6 @@ import importlib
 import re
 import shlex
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -353,16 +351,6 @@ def test_readmes_hugging_face_code_gives_our_hidden_states(beside_a_run):
     model, _ = vlm.load_run("runs/toy")
     ours = model.encode_text(found["text"], torch.ones_like(found["text"], dtype=torch.bool))
     assert torch.allclose(found["h"], ours, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_readmes_line_of_python_trains(small_toy, tmp_path):
-    """`python -c "..." FLAGS`, with few steps: flags given again replace the first ones."""
-    (line,) = re.findall(r"^    (python -c .*)$", README, re.M)
-    few = ["--data", str(small_toy), "--steps", "2", "--out", str(tmp_path / "run")]
-    command = [sys.executable, *shlex.split(line)[1:], *few]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "centred cosine" in done.stdout, done.stderr
 
 
 def constants(tree: ast.Module) -> str:

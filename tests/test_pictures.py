@@ -38,7 +38,7 @@ def test_drawn_attention_is_what_the_layers_use(kind):
     model(batch, kind)
     hook.remove()
     (x, rows, *_), out = seen[0]
-    v = layer.qkv(x, rows, 2, 12)[2]  # (B, H, L, D/H)
+    v = layer.by_clip(layer.qkv(x), rows, 2, 12)[2]  # (B, H, L, D/H)
     a = (weights[1] @ v).transpose(1, 2).reshape(24, 24)[rows]
     parts = layer.attention["output"]
     y = parts["LayerNorm"](x + parts["dense"](a))

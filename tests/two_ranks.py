@@ -15,8 +15,9 @@ import train
 from benchmarks import DataError
 from data import open_features
 from finetune import LOSS, TuneConfig, collate, count, draw_items, start_model
+from keep import leave
 from loop import Objective, Steps
-from ranks import leave, start_ranks
+from ranks import start_ranks
 from tasks import DATASETS, open_task
 from train import TrainConfig, agreed, build, pre_train, settle
 from vlm import Batch
@@ -120,4 +121,4 @@ if __name__ == "__main__":
             grads, total = gradients(sys.argv[1], sys.argv[2], ranks)
             if ranks.rank == 0:
                 torch.save({"grads": grads, "loss": total}, sys.argv[3])
-    leave()
+    leave(0)

@@ -1,0 +1,153 @@
+"""Every command of README and docs/small-corpus.md is run as it is written, made short.
+
+Each stands in a folder of its own, with all that README names there: `toy` and `runs/toy`, DATA and
+BERT and the other capitals. What makes it short follows it, for a flag given again replaces the
+first one. In this process where that is possible: a second's start is most of what they take.
+"""
+
+import json
+import pickle
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import vlm
+from s3d import S3D
+from tests.runs import REPO
+from tests.test_docs import TEXTS
+from tests.test_s3d_videos import flat, write_video
+from tests.test_weights import released
+
+ELSEWHERE = {  # what is run as it is written, or made short, by others
+    r"pip install -r requirements.txt && .*": ".ci/run, the first step and the last",
+    r"torchrun finetune.py [a-z]+": ".ci/run",
+    r"pytest -m (hf|coco|slow)": ".ci/run",
+    r"pip install .*": ".ci/run, by requirements-dev.txt",
+    r"pytest -m gpu": "nobody without a GPU",
+    r"VLM_FUZZ=2000 pytest tests/test_fuzz.py": "the tests of each file, with 30",
+    r"python tests/kill.py --kills 30": "test_safety.py, with 4",
+    r"python bench.py step": "test_bench.py, as all that bench.py measures",
+}
+
+
+def written() -> list[str]:
+    """List the commands: lines of their own, and what stands between back-ticks.
+
+    One that another goes on with, such as `python train.py`, only names what is run.
+    """
+    found = {}  # in order
+    for text in TEXTS.values():
+        text = re.sub(r"^```python\n.*?^```$", "", text, flags=re.M | re.S)
+        inline = re.sub(r"^(    |```).*$", "", text, flags=re.M).replace("\n", " ")
+        words = r"(?:python|torchrun|pip|pytest|VLM_FUZZ=\d+)"
+        found |= dict.fromkeys(re.findall(rf"^(?:    )?({words} .*)$", text, re.M))
+        found |= dict.fromkeys(re.findall(rf"`({words} [^`]+|for [^`]+; done)`", inline))
+    found = dict.fromkeys(re.split("  +# ", line)[0].strip() for line in found)
+    plain = [re.sub(r" (TASK|VIDEO\.\.)$", "", line) for line in found]
+    named = {line for line in plain if sum(other.startswith(line) for other in plain) > 1}
+    return [a for a, b in zip(found, plain, strict=True) if b not in named]
+
+
+COMMANDS = written()
+RUN = [c for c in COMMANDS if not any(re.fullmatch(p, c) for p in ELSEWHERE)]
+SHORT = {  # the first that fits
+    r"train.py --help": "",
+    r"train.py --resume": "--steps 6",  # its run has ended after four
+    r"train.py|python -c": "--steps 2 --batch 8 --log-every 1",
+    r"finetune.py captioning": "--epochs 1 --init runs/toy --limit 8",
+    r"finetune.py": "--steps 2 --batch 4 --limit 8 --log-every 1",
+    r"bench.py ablation": "--rows mmm0 --seeds 1 --steps 4 --limit 8 8 --tune '--steps 2'",
+    r"": "",
+}
+
+
+def make_short(command: str) -> str:
+    """Put small settings behind a command; two ranks are as many as eight here, on one node."""
+    fits = next(few for part, few in SHORT.items() if re.search(part, command))
+    command = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+    with socket.socket() as s:  # a port that is free now
+        s.bind(("127.0.0.1", 0))
+        here = f"127.0.0.1:{s.getsockname()[1]}"
+    command = command.replace("--nnodes=8", "--nnodes=1").replace("HOST0:29500", here)
+    command = command.replace("TASK", "retrieval").replace("VIDEO_OR_FOLDER..", "video.mkv")
+    return f"{command} {fits}".strip()
+
+
+@pytest.fixture
+def folder(small_toy, a_run, tmp_path, monkeypatch) -> Path:
+    """What README's capitals stand for, small; and the files of the project, to be called there."""
+    there = tmp_path / "clone"
+    (there / "runs").mkdir(parents=True)
+    for file in REPO.glob("*.py"):
+        (there / file.name).symlink_to(file)
+    for name in ("toy", "DATA", "HOWTO100M"):
+        shutil.copytree(small_toy, there / name)
+    for name in ("runs/toy", "RUN", "OUT/mmm0-0/pre-training"):
+        shutil.copytree(a_run, there / name)
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two only wait, where another test is busy
+    return there
+
+
+def fill(there: Path, command: str, a_run: Path) -> None:
+    """Put into a reader's folder the one file or two that a command reads besides."""
+
+    def wants(name: str) -> bool:
+        return name in command
+
+    if wants("HOST0"):
+        shutil.rmtree(there / "RUN")  # a new one
+    if wants("BERT") or wants("bert-base-uncased"):
+        for name in ("BERT", "bert-base-uncased"):
+            shutil.copytree(a_run, there / name)
+    if wants("checkpoint_best.pt"):
+        torch.save({"model": released(vlm.load_run(a_run)[0])}, there / "checkpoint_best.pt")
+    if wants("--data PACKED"):
+        assert not data.main(["pack", "DATA", "--out", "PACKED", "--bert", "BERT"])
+    if wants("FEATURES.pickle"):
+        arrays = {p.stem: np.load(p) for p in (there / "DATA" / "features").glob("*.npy")}
+        (there / "FEATURES.pickle").write_bytes(pickle.dumps(arrays))
+    if wants("R.json"):
+        (there / "R.json").write_text(json.dumps({"a": ["slice the onion", "cut the onion"]}))
+        (there / "H.json").write_text(json.dumps({"a": "slice an onion"}))
+    if wants("s3d.py"):
+        pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+        write_video(there / "video.mkv", map(flat, range(30)))
+    if wants("s3d_howto100m.pth"):
+        torch.save(S3D().state_dict(), there / "s3d_howto100m.pth")
+    if command.startswith("for"):
+        (there / "a.mp4.npy").touch()
+
+
+def run(command: str, monkeypatch) -> int:
+    """Run a command of one process in this one, others as they are; its exit code."""
+    words = shlex.split(command)
+    if words[0] == "for":
+        return subprocess.run(["bash", "-euc", command]).returncode
+    if words[0] == "torchrun":
+        words[0:1] = ["python", "-m", "torch.distributed.run"]
+    if words[1].startswith("-"):
+        return subprocess.run([sys.executable, *words[1:]]).returncode
+    monkeypatch.setattr(sys, "argv", words[1:])
+    try:
+        runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_every_command_that_is_written_down_runs(command, folder, a_run, monkeypatch):
+    fill(folder, command, a_run)
+    assert run(make_short(command), monkeypatch) == 0
