@@ -308,7 +308,7 @@ def precision(args) -> list[dict]:
             found[name] = [line["loss"] for line in log[:-1]]  # means of 20 steps
     for name in ("bf16", "fp16"):
         far = max(abs(x - y) / y for x, y in zip(found[name], found["fp32"], strict=True))
-        what = f"loss of the last of {args.steps} steps in fp32 and {name}; "
+        what = f"mean loss of the last 20 of {args.steps} steps in fp32 and {name}; "
         what += f"means of 20 differ by {far:.2%} at most"
         rows.append(row(f"precision {name}", what, found["fp32"][-1], found[name][-1], "nats"))
     return rows
@@ -692,6 +692,10 @@ def main(argv: list[str] | None = None) -> int:
     for flag, least in least_of.items():
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")
+    if args.steps % 20:
+        raise ValueError(
+            f"--steps is {args.steps}, wanted a multiple of 20: means of 20 are compared"
+        )
     can_write(args.json, "--json")
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training

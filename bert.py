@@ -200,13 +200,14 @@ class Layer(nn.Module):
         return self.output["dense"](F.gelu(x))
 
     def recomputed(self, f: Callable[..., Tensor], *args) -> Tensor:
-        """Call f; a wide layer trained on a CPU holds args, of any shape, and in backward calls f
-        again, up to its last product, instead of holding what f makes.
+        """Call f; in backward a wide layer on a CPU calls it again, and till then holds args alone.
 
         For what is large and cheap: padded rectangles, attention's weights, (B, H, L, L) three
-        times where dropout keeps PyTorch from its kernel, and GELU's (N, 4 D).
+        times where dropout keeps PyTorch from its kernel, and GELU's (N, 4 D). args: any shape.
         """
-        if self.wide and torch.is_grad_enabled() and args[0].device.type == "cpu":
+        compiled = torch.compiler.is_compiling()  # chooses for itself what it computes again
+        cpu = args[0].device.type == "cpu"
+        if self.wide and cpu and torch.is_grad_enabled() and not compiled:
             return checkpoint(f, *args, use_reentrant=False)
         return f(*args)
 

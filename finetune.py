@@ -349,7 +349,7 @@ def start_model(cfg: TuneConfig, task: Task, say: Callable) -> tuple[VLM, Tokeni
     refuse_seen(task, c, cfg.out if cfg.resume else cfg.init)
     c.stage, c.task = "fine-tuned", cfg.task
     c.data = f"{Path(cfg.data).resolve().name}/{task.dataset}"
-    c.split = task.split
+    c.split = task.split or c.split  # another task's training does not undo this one's
     return model, tokenizer
 
 

@@ -385,8 +385,11 @@ def leave(code: int | None) -> typing.NoReturn:
     """End this process. One of several ranks ends at once: all is written, and Python's own end,
     while PyTorch's threads still hold the group, has been seen to abort a rank that was done."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            code = code or 1
         os._exit(code or 0)
     sys.exit(code)
 

@@ -269,19 +269,16 @@ def half_costs(dtype: torch.dtype) -> float:
     return seconds(x.to(dtype)) / seconds(x)
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Compute in dtype what may be: matrix products, not sums. In fp32 nothing changes."""
-    half = dtype != torch.float32
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, dtype, enabled=half))
-        if half and device.type == "cpu":
-            # there PyTorch's fused attention takes 2-4 times the plain one's time in backward
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        elif half:
-            # cuDNN's makes a plan for every new length, and most batches have one
-            stack.enter_context(sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
-        yield
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Choose PyTorch's attention for half precision; around backward too, which computes it again.
+    In fp32 nothing changes."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    if device.type == "cpu":
+        # there PyTorch's fused attention takes 2-4 times the plain one's time in backward
+        return sdpa_kernel(SDPBackend.MATH)
+    # cuDNN's makes a plan for every new length, and most batches have one
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Steps(Dataset):
@@ -376,9 +373,10 @@ class Trainer:
         for i, batch in enumerate(batches):
             batch = batch.to(device)
             wait = world > 1 and i < self.cfg.accumulate - 1
-            with self.objective.no_sync() if wait else contextlib.nullcontext():
-                with autocast(device, self.dtype):
-                    sums = self.objective(batch)
+            alone = self.objective.no_sync() if wait else contextlib.nullcontext()
+            with attention_kernel(device, self.dtype), alone:
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    sums = self.objective(batch)  # products in half precision, sums are not
                 # DDP averages gradients over ranks; the loss divides by the whole step's counts
                 self.scaler.scale(sums.value(*counts) * world).backward()
             parts.append((sums, batch))

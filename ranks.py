@@ -126,18 +126,24 @@ def of_rank(rank: int, error: Exception) -> Exception:
 
 
 def start_ranks() -> Ranks:
-    """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs."""
+    """Join the process group if torchrun started us: nccl on GPUs, gloo on CPUs.
+
+    Raises: ValueError for more processes than GPUs.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    if cuda and here > torch.cuda.device_count():
+        raise ValueError(f"--nproc_per_node is {here}, and there are {torch.cuda.device_count()} "
+                         "GPUs: wanted a process for each at most")  # fmt: skip
     # Every step has its own number of tokens, and oneDNN would keep code for 1,024 of them: 0.5 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif (n := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+    elif here > 1:
         # torchrun gives each of several processes one thread, however many cores there are.
-        torch.set_num_threads(max(1, cores() // n))
+        torch.set_num_threads(max(1, cores() // here))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(rank, world, device)

@@ -373,8 +373,8 @@ def authors_split(task: Task, found: dict, train_videos: int) -> tuple[list, lis
 
 def refuse_seen(task: Task, c: VLMConfig, run: str) -> None:
     """Raise ValueError if localization is tested by what `run`, of config c, may have seen."""
-    if c.task == task.name == "localization" and task.split not in ("val", c.split):
-        was = c.split or "val"
+    was = c.split or ("val" if c.task == "localization" else "")
+    if task.name == "localization" and was and task.split not in ("val", was):
         raise ValueError(f"--split {task.split}: {run} was fine-tuned beside {was}, and may have "
                          "been trained on videos that this tests by: give it that split, and the "
                          "features and annotations it had, or fine-tune anew")  # fmt: skip

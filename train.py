@@ -365,7 +365,9 @@ def ended(
     with contextlib.suppress(Stopped):
         if reached.step == cfg.steps:
             return finish()
-    again = f"torchrun {program} --resume --out {shlex.quote(cfg.out)}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    flags = f"--nproc_per_node={here} " * (here > 1) + "[..] " * (here < ranks.world)  # of nodes
+    again = f"torchrun {flags}{program} --resume --out {shlex.quote(cfg.out)}"
     ranks.say(f"stopped at step {reached.step}; to go on: {again}")
     return {"final": False, "steps": reached.step}
 

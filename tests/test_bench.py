@@ -78,23 +78,43 @@ def test_both_are_timed_in_turn():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, names", [
+    ("step", ["memory", "step fp32", "ceiling fp32", "pages", "pages memory"]),
     ("precision", ["precision bf16", "precision fp16"]),
     ("caption", ["caption", "caption unpadded"]),
     ("encode", ["encode", "contrast"]),
     ("data", ["data", "data wide", "data share"]),
-    pytest.param("metrics", ["metrics", "meteor"], marks=pytest.mark.coco),
     ("s3d", ["s3d fp32", "file fp32"]),
 ])  # fmt: skip
 def test_commands_write_their_rows(tmp_path, capsys, name, names, monkeypatch):
-    """`python bench.py NAME`, in short; times are not tested. `step` and `scale` have their own."""
+    """`python bench.py NAME`, in short; times are not tested. `scale` has its own."""
     if name == "s3d":
         pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+    check_rows(tmp_path, capsys, name, names, monkeypatch)
+
+
+@pytest.mark.coco
+def test_metrics_are_timed_beside_the_published_ones(tmp_path, capsys, monkeypatch, java):
+    check_rows(tmp_path, capsys, "metrics", ["metrics", "meteor"], monkeypatch)
+
+
+def test_all_is_each_of_them_once(monkeypatch, tmp_path):
+    """Their rows in one list, in the order of --help."""
+    monkeypatch.setattr(bench, "start_ranks", lambda: None)
+    for name in bench.BENCHES:
+        monkeypatch.setitem(bench.BENCHES, name, lambda args, n=name: [bench.row(n, n, 1, 2, "s")])
+    assert bench.main(["all", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [r["name"] for r in rows] == [*bench.BENCHES]
+
+
+def check_rows(tmp_path, capsys, name: str, names: list[str], monkeypatch) -> None:
+    """Run one in short."""
     monkeypatch.setattr(bench, "start_ranks", lambda: None)
     monkeypatch.setattr(bench, "half", lambda: None)
     monkeypatch.setattr(bench, "write_toy", lambda root, scale: write_toy(root, scale=0.05))
     monkeypatch.setattr(s3d, "SIZE", 64)  # of 224
     path = tmp_path / "rows.json"
-    short = "--layers 1 --clips 1 --repeat 1 --steps 20 --json".split()
+    short = "--compile --batch 4 --layers 1 --clips 1 --repeat 1 --steps 20 --json".split()
     assert bench.main([name, *short, str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [r["name"] for r in rows] == names and all(r["ratio"] > 0 for r in rows)
@@ -111,15 +131,6 @@ def test_searching_again_finds_what_generate_finds(padded):
     again = bench.search_again(model, video, valid, 1, 5, padded)
     found = model.generate(video, valid, 1, 5)
     assert [w[1:6].tolist() for w in again[:, 0]] == found
-
-
-@pytest.mark.slow
-def test_a_step_is_measured(capsys):
-    """All rows of `step`, one layer and four clips, its child processes included."""
-    rows = bench.step(argparse.Namespace(batch=4, layers=1, repeat=1, compile=False))
-    names = {"memory", "step fp32", "ceiling fp32", "pages", "pages memory"}
-    assert names <= {r["name"] for r in rows}
-    assert all(r["ratio"] > 0 for r in rows)
 
 
 def test_a_file_is_timed_against_the_network_alone(monkeypatch):

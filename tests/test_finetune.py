@@ -488,6 +488,9 @@ def test_no_run_is_tested_by_videos_that_it_was_trained_on(
         ValueError, match="val was fine-tuned beside val, and may have been trained"
     ):
         finetune.main(tuning(world, tmp_path / "more", tmp_path / "val", split="authors", **how))
+    finetune.main(tuning(world, tmp_path / "then", tmp_path / "val", epochs=1))  # qa
+    with pytest.raises(ValueError, match="then was fine-tuned beside val"):
+        eval.main(["localization", "--run", str(tmp_path / "then"), *me[3:], "--split", "authors"])
     pair = (world / "crosstask" / "videos.csv").read_text().split(",")[1]
     next(world.glob(f"features*/{pair}.npy")).unlink()
     with pytest.raises(

@@ -31,7 +31,7 @@ from benchmarks import DataError, read_msrvtt
 from features import FeatureStore
 from keep import Stop, Stopped, read_checkpoint, read_log
 from loop import launch
-from ranks import Ranks, of_rank
+from ranks import Ranks, of_rank, start_ranks
 from tests import kill
 from tests.runs import (
     REPO,
@@ -179,7 +179,9 @@ def test_two_ranks_under_torchrun_stop_once_and_go_on(small_toy, tmp_path, name)
     until(process, "step ")
     process.send_signal(signal.Signals[name])
     said, err = process.communicate(timeout=90)
-    found = re.findall(r"stopped at step (\d+); to go on", said)
+    found = re.findall(
+        r"stopped at step (\d+); to go on: torchrun --nproc_per_node=2 train.py --resume", said
+    )
     assert len(found) == 1, (said, err)
     step = int(found[0])
     assert read_checkpoint(out / "trainer.pt")["step"] == step
@@ -339,6 +341,24 @@ def test_a_rank_that_ends_does_so_before_anything_can_abort_it(monkeypatch, caps
             keep.run(do)
         assert how.type is (Ended if world > 1 else SystemExit) and how.value.args == (code,)
     assert capsys.readouterr().err == "error: no such file\n"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_rank_that_ends_loses_no_line_that_it_wrote(code):
+    """Into a pipe, which Python fills before it writes."""
+    me = [sys.executable, "-c", f"import keep; print('done'); keep.run(lambda: {code})"]
+    env = os.environ | {"WORLD_SIZE": "2"}
+    done = subprocess.run(me, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == code and done.stdout == "done\n", done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """On every rank, before any waits for another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--nproc_per_node is 2, and there are 1 GPUs"):
+        start_ranks()
 
 
 def test_a_gpu_without_room_is_said_in_one_line(capsys):

@@ -6,7 +6,6 @@ import math
 import mmap
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tracemalloc
@@ -19,9 +18,7 @@ import torch
 import bench
 import scale
 from data import Captions
-
-REPO = Path(__file__).resolve().parents[1]
-
+from tests.runs import REPO, free_address
 
 # ---- what is in memory
 
@@ -119,12 +116,9 @@ def test_scale_is_measured(monkeypatch, tmp_path, capsys):
 
 def agents(folders: list[Path], *flags: str) -> list[str]:
     """Run train.py under a torchrun agent in each folder, as nodes that meet at one address."""
-    with socket.socket() as s:  # a port that is free now
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}"]
     torchrun += ["--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=7"]
-    torchrun += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    torchrun += [f"--rdzv-endpoint={free_address()}", "--local-addr=127.0.0.1"]
     command = [*torchrun, str(REPO / "train.py"), *flags]
     nodes = [
         subprocess.Popen(

@@ -190,6 +190,13 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_wide_model_trains_in_half_precision(small_toy, tmp_path, precision):
+    """Without dropout PyTorch has two kernels for attention: backward computes by forward's."""
+    main(config(small_toy, tmp_path / "run", width=512, steps=2, dropout=0.0, precision=precision))
+    assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_learns(small_toy, tmp_path, precision):
     """The loss of 40 steps falls by a nat in fp32, bf16 and fp16 with its scaler, on a CPU too."""
     settings = dict(steps=40, lr=3e-3, warmup=4, precision=precision)
