@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.add_argument_group("sizes").add_argument
     a("--batch", type=int, metavar="N",
       help="step: clips (default: CPU 16, GPU the paper's 256)")  # fmt: skip
-    a("--clips", type=int, default=4, metavar="N", help="caption: clips (default: 4)")
+    a("--clips", type=int, default=8, metavar="N", help="caption: clips (default: 8)")
     a("--layers", type=int, default=12, metavar="N", help="layers of the BERT (default: 12)")
     a("--steps", type=int, default=200, metavar="N", help="precision: steps (default: 200)")
     a("--videos", type=int, default=100_000, metavar="N",

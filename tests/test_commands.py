@@ -115,7 +115,7 @@ def fill(there: Path, command: str, a_run: Path) -> None:
     if "checkpoint_best.pt" in command:
         torch.save({"model": released(vlm.load_run(a_run)[0])}, there / "checkpoint_best.pt")
     if "--data PACKED" in command:
-        assert not data.main(["pack", "DATA", "--out", "PACKED", "--bert", "RUN"])
+        assert not data.main(["pack", "DATA", "--out", "PACKED", "--bert", str(a_run)])
     if "FEATURES.pickle" in command:
         arrays = {p.stem: np.load(p) for p in (there / "DATA" / "features").glob("*.npy")}
         (there / "FEATURES.pickle").write_bytes(pickle.dumps(arrays))
