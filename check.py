@@ -28,6 +28,7 @@ from benchmarks import (
     stop,
 )
 from data import Captions, FeatureStore, open_captions, open_features
+from features import want_folder
 from univl import read_youcook2
 from vlm import load_tokenizer
 
@@ -40,8 +41,7 @@ def check(data: Path, features: str | None, tokenizer: Tokenizer | None, scan: b
 
     Raises: DataError when there is no such folder.
     """
-    if not data.is_dir():
-        raise DataError(f"{data}: no such folder")
+    want_folder(data)
     bad = Bad()
     try:
         store = open_features(data, features)

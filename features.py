@@ -285,12 +285,20 @@ def read_pickle(path: Path) -> dict[str, np.ndarray]:
     return {video: x.view(np.ndarray) for video, x in found.items()}
 
 
+def want_folder(data: str | Path) -> None:
+    """Raise DataError where DATA is no folder."""
+    if not Path(data).is_dir():
+        what = (
+            "a file, wanted the folder that it is in" if Path(data).exists() else "no such folder"
+        )
+        raise DataError(f"{data}: {what}")
+
+
 def open_features(data: str | Path, features: str | Path | None = None) -> FeatureStore:
     """Open `--features DIR|FILE`, or each features* folder of DATA as one; DataError if none."""
     if features is not None:
         return FeatureStore(features)
-    if not Path(data).is_dir():
-        raise DataError(f"{data}: no such folder")
+    want_folder(data)
     folders = sorted(p for p in Path(data).glob("features*") if p.is_dir())
     if not folders:
         raise DataError(

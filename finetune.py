@@ -40,6 +40,7 @@ from torch import Tensor
 from benchmarks import Bad, DataError
 from data import encode, generator, open_features, pairs
 from eval import ANSWER, Options, evaluate
+from features import want_folder
 from keep import Log, Progress, fingerprint, read_log
 from loop import LoopConfig, fit, launch, opt
 from loss import LossSums, wide
@@ -405,8 +406,7 @@ def open_items(cfg: TuneConfig, ranks: Ranks) -> Task:
 def fine_tune(cfg: TuneConfig, given: set[str], ranks: Ranks) -> dict:
     """Do what `main` says, as one of the ranks; DataError where there is no DATA."""
     begin(cfg, ranks)
-    if not Path(cfg.data).is_dir():
-        raise DataError(f"{cfg.data}: no such folder")
+    want_folder(cfg.data)
     if not (cfg.resume or cfg.init or cfg.bert):
         cfg.init = str(ranks.first(lambda: pre_trained(cfg)))
         ranks.say(f"from the weights of {cfg.init}")

@@ -42,6 +42,7 @@ from keep import (
     fingerprint,
     hold,
     read_checkpoint,
+    read_log,
     write_json,
 )
 from loop import LoopConfig, clock, fit, launch, opt
@@ -124,6 +125,7 @@ def settle_resumed(cfg: LoopConfig, given: set[str]) -> LoopConfig:
     """Take the settings of the run that goes on, but for those given again; ValueError as above."""
     out = Path(cfg.out or newest_run(cfg))
     saved = read_checkpoint(out / "trainer.pt")["config"]
+    ended = any(row.get("final") for row in read_log(out / "log.jsonl")[-1:])
     known = {f.name for f in dataclasses.fields(cfg)}
     if "task" in saved and saved["task"] != getattr(cfg, "task", None):
         task = saved["task"]
@@ -138,6 +140,9 @@ def settle_resumed(cfg: LoopConfig, given: set[str]) -> LoopConfig:
         if name in MADE:
             raise ValueError(f"{flag}: the run in {out} has {was}, and its model is made: "
                              "leave the flag out, or start another run")  # fmt: skip
+        if ended and not changed.keys() & {"steps", "epochs"}:
+            raise ValueError(f"{flag}: the run in {out} has ended, with {was}: leave the flag out, "
+                             "or train on with more --steps")  # fmt: skip
         print(f"resuming with {flag}, it was {was}")
     for name in saved.keys() - known:
         print(f"the run's setting {name} = {saved[name]} is unknown here and left out")

@@ -417,7 +417,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((f for f in names if f.is_file()), None)
     if file is None:
-        what = "found neither" if path.is_dir() else "and there is no such file or folder"
+        what = "found neither" if path.is_dir() else "and there is no such file or folder: fill one"
         raise DataError(f"{path}: wanted tokenizer.json or vocab.txt, {what}")
     if file.suffix not in (".txt", ".json"):
         raise DataError(f"{file}: wanted tokenizer.json, vocab.txt or a folder that holds one")

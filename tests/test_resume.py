@@ -213,8 +213,8 @@ def test_another_version_and_other_data_are_said(small_toy, whole, tmp_path, cap
 def test_a_changed_setting_is_said_and_a_changed_model_refused(small_toy, whole, tmp_path, capsys):
     """What can change says so; what the weights are made of cannot, and was silently ignored."""
     out = shutil.copytree(whole, tmp_path / "run")
-    again = TrainConfig(out=str(out), resume=True, lr=0.5, batch=8)
-    main(again, RESUME | {"lr", "batch"})
+    again = TrainConfig(out=str(out), resume=True, lr=0.5, batch=8, steps=7)
+    main(again, RESUME | {"lr", "batch", "steps"})
     said = capsys.readouterr().out
     assert re.search(r"resuming with --lr 0.5, it was 0.00\d+", said) and "--batch" not in said
     for name, value, was in (("width", 64, 32), ("loss", "mfm-mlm", "vlm"), ("init", "x", None)):
@@ -272,3 +272,12 @@ def test_an_old_run_gives_the_numbers_that_it_gave(tmp_path, capsys):
     main(again, RESUME | {"steps", "data"})
     wanted = numbers["loss"][:4] + numbers["going on"]
     assert losses(out) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_run_that_has_ended_keeps_its_record(small_toy, whole, tmp_path):
+    """Catches a summary that says other settings than those that the weights were trained with."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    log = (out / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="--mmm 0.0: the run in .* has ended, with 0.5"):
+        main(TrainConfig(resume=True, out=str(out), mmm=0.0), RESUME | {"mmm"})
+    assert (out / "log.jsonl").read_text() == log
