@@ -347,7 +347,7 @@ def test_a_rank_that_ends_does_so_before_anything_can_abort_it(monkeypatch, caps
 def test_a_rank_that_ends_loses_no_line_that_it_wrote(code):
     """Into a pipe, which Python fills before it writes."""
     me = [sys.executable, "-c", f"import keep; print('done'); keep.run(lambda: {code})"]
-    env = os.environ | {"WORLD_SIZE": "2"}
+    env = os.environ | {"WORLD_SIZE": "2", "PYTHONUNBUFFERED": ""}  # empty: it is buffered
     done = subprocess.run(me, cwd=REPO, env=env, capture_output=True, text=True)
     assert done.returncode == code and done.stdout == "done\n", done.stderr
 
