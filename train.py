@@ -371,7 +371,8 @@ def ended(
         if reached.step == cfg.steps:
             return finish()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    flags = f"--nproc_per_node={here} " * (here > 1) + "[..] " * (here < ranks.world)  # of nodes
+    flags = f"--nproc_per_node={here} " * (here > 1)
+    flags += "[nodes as before] " * (here < ranks.world)  # how they meet only torchrun knows
     again = f"torchrun {flags}{program} --resume --out {shlex.quote(cfg.out)}"
     ranks.say(f"stopped at step {reached.step}; to go on: {again}")
     return {"final": False, "steps": reached.step}

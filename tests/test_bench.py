@@ -113,9 +113,10 @@ def check_rows(tmp_path, capsys, name: str, names: list[str], monkeypatch) -> No
     monkeypatch.setattr(bench, "half", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two only wait, where another test is busy
     monkeypatch.setattr(bench, "write_toy", lambda root, scale: write_toy(root, scale=0.05))
+    monkeypatch.setattr(bench, "STEPS", 20)
     monkeypatch.setattr(s3d, "SIZE", 64)  # of 224
     path = tmp_path / "rows.json"
-    short = "--batch 4 --layers 1 --clips 1 --repeat 1 --steps 20 --json".split()
+    short = "--batch 4 --layers 1 --clips 1 --repeat 1 --json".split()
     assert bench.main([name, *short, str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [r["name"] for r in rows] == names and all(r["ratio"] > 0 for r in rows)

@@ -162,9 +162,11 @@ def test_all_commands_are_found():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
-def test_every_command_that_is_written_down_runs(command, folder, a_run, monkeypatch):
+def test_every_command_that_is_written_down_runs(command, folder, a_run, monkeypatch, capfd):
     fill(folder, command, a_run)
     assert run(make_short(command), monkeypatch) == 0
+    if command.startswith("python -c"):
+        assert "centred cosine" in capfd.readouterr().out
     for promised in re.findall(r"--(?:out|plot) (\S+)", command):
         assert (folder / promised).exists()
     if command.startswith("for"):

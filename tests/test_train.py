@@ -190,7 +190,7 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_wide_model_trains_in_half_precision(small_toy, tmp_path, precision):
+def test_a_wide_model_trains_in_every_precision(small_toy, tmp_path, precision):
     """Without dropout PyTorch has two kernels for attention: backward computes by forward's."""
     main(config(small_toy, tmp_path / "run", width=512, steps=2, dropout=0.0, precision=precision))
     assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
@@ -343,6 +343,7 @@ def test_real_narration_and_a_real_bert_train_on_two_ranks(shared, tmp_path):
 
 BAD = {
     "--data nowhere": "error: nowhere: no such folder",
+    "--data {toy}/train.lst": "error: .*train.lst: a file, wanted the folder that it is in",
     "--data . --steps 0": "error: --steps is 0, wanted more than 0",
     "--mmm 1.5": "error: --mmm is 1.5, wanted 0..1",
     "--min-text 65": r"error: --min-text is 65, wanted 1..64",
