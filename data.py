@@ -161,7 +161,7 @@ class Captions:
             raise DataError(f"{folder}: about.json does not list ids, each once: pack again")
         try:
             arrays = {
-                n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False)
+                n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False))
                 for n in cls.ARRAYS
             }
             first_caption, start, end, first_token, tokens = arrays.values()
@@ -287,14 +287,11 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
     video_hidden = video_valid & (all_video | (some & (u_video[:, :V] < p)))
     pieces = text_valid & (text != c.sep_token_id)
     text_hidden = pieces & (all_text | (some & (u_text[:, :T] < p)))
-    special = sorted(
-        (c.pad_token_id, c.unk_token_id, c.cls_token_id, c.sep_token_id, c.mask_token_id)
-    )
-    word = (which[:, :T] * (c.vocab_size - len(special))).astype(np.int64)
     # DEVIATION: a random word is never special, and under a whole hidden text all read [MASK]; the
     # authors draw from the whole vocabulary and leave a tenth readable.
-    for token in special:  # count past those below it
-        word += word >= token
+    special = [c.pad_token_id, c.unk_token_id, c.cls_token_id, c.sep_token_id, c.mask_token_id]
+    words = np.delete(np.arange(c.vocab_size), special)
+    word = words[(which[:, :T] * len(words)).astype(np.int64)]
     how = how[:, :T]
     read = np.where(how < 0.9, word, text)
     read = np.where((how < 0.8) | all_text, c.mask_token_id, read)
@@ -311,8 +308,6 @@ def hide(batch: Batch, u: Tensor, c: VLMConfig, mmm: float = 0.5, p: float = 0.1
 # ---------------------------------------------------------------------------------------------
 # Clips and batches
 
-Rows = np.ndarray | list[np.ndarray]  # (N, ..), or arrays that follow one another and add up to it
-
 
 def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Join n ranges [first, first + length), first (n,) and length (n,) int, into one index.
@@ -324,35 +319,27 @@ def ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
     return shift + np.arange(length.sum())
 
 
-def ragged(flat: Rows, length: np.ndarray, width: int, fill: int = 0) -> tuple[Tensor, Tensor]:
+def ragged(
+    flat: np.ndarray, length: np.ndarray, width: int, fill: int = 0
+) -> tuple[Tensor, Tensor]:
     """Lay flat rows (N, ..) out as (B, width, ..).
 
     Args:    length (B,): how many rows each gets; they add up to N. fill: what stands behind.
     Returns: the rows laid out, and valid (B, width) bool.
     """
     valid = np.arange(width) < length[:, None]
-    parts = flat if isinstance(flat, list) else [flat]
-    # What bounds this is memory: every row is written once, parts not joined, padding apart.
-    out = np.empty((valid.size, *parts[0].shape[1:]), parts[0].dtype)
-    out[np.flatnonzero(~valid)] = fill
-    place = np.flatnonzero(valid)
-    for part in parts:
-        out[place[: len(part)]] = part
-        place = place[len(part) :]
-    assert not len(place), f"{len(place)} rows fewer than the lengths say"
-    return torch.from_numpy(out.reshape(*valid.shape, *out.shape[1:])), torch.from_numpy(valid)
+    assert len(flat) == valid.sum(), f"{len(flat)} rows, but the lengths say {valid.sum()}"
+    out = np.full((*valid.shape, *flat.shape[1:]), fill, flat.dtype)
+    out[valid] = flat
+    return torch.from_numpy(out), torch.from_numpy(valid)
 
 
 def lay_out(
-    video: Rows, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
+    video: np.ndarray, seconds: np.ndarray, text: np.ndarray, pieces: np.ndarray, c: VLMConfig
 ) -> Batch:
     """Build a Batch of flat rows: video (sum of seconds, E), text (sum of pieces,), counts (B,)."""
-    return Batch(*lay_out_video(video, seconds), *lay_out_text(text, pieces, c))
-
-
-def lay_out_video(video: Rows, seconds: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Pad flat rows (sum of seconds, E) of B clips: video (B, V, E), video_valid (B, V)."""
-    return ragged(video, seconds, max(1, int(seconds.max())))
+    V = max(1, int(seconds.max()))
+    return Batch(*ragged(video, seconds, V), *lay_out_text(text, pieces, c))
 
 
 def lay_out_text(text: np.ndarray, pieces: np.ndarray, c: VLMConfig) -> tuple[Tensor, Tensor]:
@@ -410,10 +397,10 @@ class Corpus:
         Raises: DataError for a clip that cannot be read; with skip_bad, if nor can TRIES videos.
         """
         size = batch // parts
-        draws = []
-        for n in range(step * batch + part * size, step * batch + (part + 1) * size):
-            slot, clip = divmod(n, self.clips_per_video)
-            draws.append((*divmod(slot, len(self.ids)), clip))
+        first = step * batch + part * size
+        slot, clip = np.divmod(np.arange(first, first + size), self.clips_per_video)
+        epoch, place = np.divmod(slot, len(self.ids))
+        draws = list(zip(epoch.tolist(), place.tolist(), clip.tolist(), strict=True))
         try:
             return self.clips(self.at(draws))
         except DataError:
@@ -426,7 +413,8 @@ class Corpus:
 
     def at(self, draws: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         """Turn (epoch, place in its order, clip number) into (epoch, index, clip number)."""
-        return [(epoch, self.order(epoch)[place], clip) for epoch, place, clip in draws]
+        order = {epoch: self.order(epoch) for epoch in sorted({draw[0] for draw in draws})}
+        return [(epoch, order[epoch][place], clip) for epoch, place, clip in draws]
 
     def readable(self, draws: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         """Draw, in place of each clip of one video that cannot be read, one more of the next video
@@ -469,8 +457,8 @@ class Corpus:
         # sizes of each clip's video, (B,) each
         ids = [self.ids[video] for _, video, _ in groups]
         times = [len(clips) for _, _, clips in groups]
-        opened = [self.features.open(video) for video in ids[:256]]  # each keeps a file open
-        long = [*map(len, opened), *(len(self.features.open(video)) for video in ids[256:])]
+        opened = {video: self.features.open(video) for video in ids[:256]}  # each keeps a file open
+        long = [len(opened[i] if i in opened else self.features.open(i)) for i in ids]
         seconds = np.repeat(long, times)
         v = np.repeat([cap.index[video] for video in ids], times)
         lo, hi = self.grow(v, seconds, u[:, : 2 + growth])
@@ -482,13 +470,9 @@ class Corpus:
         n_video = np.minimum(np.minimum(end, seconds) - start, c.max_video_len)
         first = cap.first_token[lo]
         n_text = np.minimum(cap.first_token[hi] - first, c.max_text_len - 1)
-        rows, at = [], np.cumsum([0, *times])
-        for i, video in enumerate(ids):
-            mine = slice(at[i], at[i + 1])
-            x = opened[i] if i < len(opened) else None
-            rows.append(self.features.rows(video, ranges(start[mine], n_video[mine]), x))
-        text = cap.tokens[ranges(first, n_text)]
-        batch = lay_out(rows, n_video, text, n_text, c)
+        owners = [video for video, n in zip(ids, times, strict=True) for _ in range(n)]  # (B,)
+        video = self.features.clips(owners, start, n_video, opened)
+        batch = Batch(*video, *lay_out_text(cap.tokens[ranges(first, n_text)], n_text, c))
         return hide(batch, torch.from_numpy(u[:, 2 + growth :]), c, self.mmm)
 
     def grow(
@@ -570,17 +554,17 @@ def open_corpus(
 
 def pairs(features: FeatureStore, clips: list[Clip], tokenizer: Tokenizer, c: VLMConfig) -> Batch:
     """Build a Batch of given clips with their texts, nothing hidden: at most their first 32 s."""
-    rows, n_video = [], []
+    first, n_video = [], []
     for clip in clips:
         seconds = len(features.open(clip.video))
         start = min(math.floor(clip.start), seconds - 1)
         end = min(
             seconds, max(math.ceil(min(clip.end, seconds)), start + 1), start + c.max_video_len
         )
-        rows.append(features.rows(clip.video, np.arange(start, end)))
+        first.append(start)
         n_video.append(end - start)
-    text, text_valid = encode([clip.text for clip in clips], tokenizer, c)
-    return Batch(*lay_out_video(rows, np.array(n_video)), text, text_valid)
+    video = features.clips([clip.video for clip in clips], np.array(first), np.array(n_video))
+    return Batch(*video, *encode([clip.text for clip in clips], tokenizer, c))
 
 
 @dataclass

@@ -11,7 +11,6 @@ import functools
 import io
 import itertools
 import math
-import mmap
 import os
 import pickle
 import re
@@ -99,8 +98,9 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.place)
 
-    def open(self, video: str) -> np.ndarray:
-        """Return one video's features (seconds, E), memory-mapped where the file allows it.
+    def open(self, video: str) -> "np.ndarray | _File | _Slice":
+        """Return one video's features (seconds, E), to be read by x[low:high]; x.shape and len(x)
+        are known before.
 
         Raises: DataError naming the file that is cut, or has another shape or dtype.
         """
@@ -108,20 +108,15 @@ class FeatureStore:
         file = self.files[i]
         if video in self.arrays:
             x = self.arrays[video]
-            shape, dtype = x.shape, str(x.dtype)
         elif file.suffix == ".safetensors":
-            x = self._shard(i, file).get_slice(video)
-            shape, dtype = (
-                tuple(x.get_shape()),
-                {"F16": "float16", "F32": "float32"}.get(x.get_dtype()),
-            )
+            x = _Slice(self._shard(i, file).get_slice(video))
         else:
             file = file / f"{video}.npy"
             try:
-                x = map_array(file)
-                shape, dtype = x.shape, str(x.dtype)
+                x = open_array(file)
             except Exception as error:  # numpy fails in as many ways as a header can be damaged
                 raise DataError(f"{file}: not a whole .npy array ({first_line(error)})") from None
+        shape, dtype = x.shape, str(x.dtype)
         width = getattr(self, "width", shape[1] if len(shape) == 2 else 0)
         if len(shape) != 2 or shape[0] < 1 or shape[1] != width or width < 1:
             raise DataError(
@@ -130,7 +125,7 @@ class FeatureStore:
             )
         if dtype not in ("float16", "float32"):
             raise DataError(f"{file}: {video} has dtype {dtype}, wanted float16 or float32")
-        return x if isinstance(x, np.ndarray) else _Slice(x, shape)
+        return x
 
     def whole(self, video: str) -> np.ndarray:
         """Read all seconds of a video: (seconds, E) float32, all finite, or DataError."""
@@ -148,18 +143,50 @@ class FeatureStore:
                 bad(str(error))
         return found
 
-    def rows(self, video: str, index: np.ndarray, x: np.ndarray | None = None) -> np.ndarray:
-        """Read seconds `index` (n,) of one video, of x (seconds, E) if it is open already:
-        (n, E) float32, all finite, or DataError."""
+    def clips(
+        self, videos: list[str], start: np.ndarray, length: np.ndarray,
+        opened: dict[str, np.ndarray] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Read B clips, padded: seconds [start, start + length) of their videos.
+
+        Args:    videos: B ids; what follows one another of one video is read at once. start (B,)
+                 and length (B,) int, inside the videos. opened: those that are open already, by id.
+        Returns: video (B, V, E) float32, zeros at padding, V the longest length; valid (B, V) bool.
+        Raises:  DataError, as `rows`.
+        """
+        place = np.arange(max(1, int(length.max())))
+        valid = place < length[:, None]
+        second = np.where(valid, start[:, None] + place, -1)
+        # What bounds this is memory: every row, padding too, is written once, where it is to stand.
+        out = np.empty((*valid.shape, self.width), np.float32)
+        b = 0
+        for video, run in itertools.groupby(videos):
+            mine = slice(b, b := b + len(list(run)))
+            self.rows(video, second[mine], (opened or {}).get(video), out[mine])
+        return torch.from_numpy(out), torch.from_numpy(valid)
+
+    def rows(
+        self, video: str, index: np.ndarray,
+        x: np.ndarray | None = None, out: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Read seconds of one video.
+
+        Args:    index (n,) or (B, V) int: which, -1 for none. x (seconds, E): the video, if it is
+                 open already. out (n, E) or (B, V, E) float32: where to write them.
+        Returns: (n, E) or (B, V, E) float32, all finite, zeros for -1.
+        Raises:  DataError for NaN or infinity in a second of index, or for one that cannot be read.
+        """
         x = self.open(video) if x is None else x
-        low = int(index.min()) if len(index) else 0
-        high = int(index.max()) + 1 if len(index) else 0
+        asked = index[index >= 0]
+        low, high = (int(asked.min()), int(asked.max()) + 1) if len(asked) else (0, 0)
         # Read, widened (by torch, whose float16 is eight times as fast) and tested once, however
         # many clips share a second; a second that is not asked for may be what it likes.
-        span = torch.from_numpy(np.require(x[low:high], None, "W")).float().numpy()
-        rows = span[index - low]
+        span = np.empty((1 + high - low, x.shape[1]), np.float32)
+        span[0] = 0  # stands for no second
+        torch.from_numpy(span[1:]).copy_(torch.from_numpy(np.require(x[low:high], None, "W")))
+        rows = np.take(span, index - low + 1, 0, out, mode="clip")  # -1 comes to 0 or less: row 0
         if not np.isfinite(span).all() and not np.isfinite(rows).all():
-            second = int(index[~np.isfinite(rows).all(1)][0])
+            second = int(index[~np.isfinite(rows).all(-1)][0])
             raise DataError(
                 f"{self.files[self.place[video]]}: {video}: features hold NaN or infinity "
                 f"at second {second}: extract it again"
@@ -167,30 +194,69 @@ class FeatureStore:
         return rows
 
 
-def map_array(file: Path) -> np.ndarray:
-    """Memory-map a .npy file (seconds, E): np.load(mmap_mode="r") at a fifth of its price."""
-    with open(file, "rb") as f:
-        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    if whole[:8] != npy.magic(1, 0):  # what np.save writes; numpy reads the rest, or says why not
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    shape, order, dtype, start = _header(whole[: 10 + int.from_bytes(whole[8:10], "little")])
-    return np.ndarray(shape, dtype, whole, start, order=order)
+def open_array(file: Path) -> "_File | np.ndarray":
+    """Open a .npy array (seconds, E) to read rows of: an eighth of what np.load takes to map it.
+
+    To read a clip's few rows takes half as long as to map the file and let go of it; and a failing
+    disk is an error, where it would end a process that reads a map.
+
+    Raises: ValueError for a file that is cut or no array, and whatever numpy raises.
+    """
+    x = _File(open(file, "rb", buffering=0))
+    if not x.plain:  # numpy reads the rest, or says why not
+        x = np.load(file, mmap_mode="r", allow_pickle=False)
+        if not isinstance(x, np.ndarray):
+            raise ValueError("an archive of arrays")
+    return x
+
+
+class _File:
+    """A .npy file's array, read row by row on demand."""
+
+    def __init__(self, lazy: io.FileIO):
+        self.lazy, self.plain = lazy, False
+        head = lazy.read(128)  # as long as np.save makes it
+        self.start = 10 + int.from_bytes(head[8:10], "little")
+        if head[:8] != npy.magic(1, 0) or self.start > 128:
+            return
+        self.shape, by_column, self.dtype = _header(head[: self.start])
+        self.plain = len(self.shape) == 2 and not by_column and not self.dtype.hasobject
+        size = os.fstat(lazy.fileno()).st_size - self.start
+        wanted = math.prod(self.shape) * self.dtype.itemsize
+        if size < wanted:
+            raise ValueError(f"{size} bytes of {wanted}")
+
+    def __del__(self):
+        self.lazy.close()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        low, high, _ = key.indices(len(self))
+        rows = np.empty((high - low, self.shape[1]), self.dtype)
+        try:
+            self.lazy.seek(self.start + low * self.shape[1] * self.dtype.itemsize)
+            if self.lazy.readinto(rows) == rows.nbytes:
+                return rows
+            why = "cut short since it was opened"
+        except OSError as error:
+            why = first_line(error)
+        raise DataError(f"{self.lazy.name}: seconds {low} to {high} cannot be read ({why})")
 
 
 @functools.lru_cache(4096)  # videos of one length have one header
-def _header(head: bytes) -> tuple[tuple[int, ...], str, np.dtype, int]:
-    """Parse a .npy file's first bytes: shape, order, dtype, where the array begins."""
-    shape, by_column, dtype = npy.read_array_header_1_0(io.BytesIO(head[8:]))
-    if dtype.hasobject:  # its bytes would be taken for addresses
-        raise ValueError(f"holds objects, {dtype}")
-    return shape, "F" if by_column else "C", dtype, len(head)
+def _header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Parse a .npy file's first bytes: shape, whether it lies by column, dtype."""
+    return npy.read_array_header_1_0(io.BytesIO(head[8:]))
 
 
 class _Slice:
     """A shard's tensor, read row by row on demand."""
 
-    def __init__(self, lazy, shape: tuple[int, int]):
-        self.lazy, self.shape = lazy, shape
+    def __init__(self, lazy):
+        self.lazy, self.shape = lazy, tuple(lazy.get_shape())
+        self.dtype = {"F16": "float16", "F32": "float32"}.get(lazy.get_dtype())
 
     def __len__(self) -> int:
         return self.shape[0]

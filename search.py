@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks import Clip
-from data import FeatureStore, encode, lay_out_video, open_features, pairs
+from data import FeatureStore, encode, open_features, pairs
 from keep import can_write, write_json
 from tasks import spans
 from vlm import VLM, load_run
@@ -131,9 +131,8 @@ def embed_windows(
     out, shown = [], time.monotonic()
     for i in range(0, len(cut), size):
         part = cut[i : i + size]
-        rows = [features.rows(video, np.arange(a, b)) for video, a, b in part]
-        lengths = np.array([len(x) for x in rows])
-        video, valid = (x.to(device) for x in lay_out_video(rows, lengths))
+        ids, start, end = (np.array(x) for x in zip(*part, strict=True))
+        video, valid = (x.to(device) for x in features.clips(ids.tolist(), start, end - start))
         out.append(model.embed_video(video, valid).float().cpu())
         if time.monotonic() - shown > 5:
             shown = time.monotonic()

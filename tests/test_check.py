@@ -131,7 +131,7 @@ def test_shards_and_packed_captions_equal_the_files_they_were_packed_from(toy, t
     raw, flat = (data.open_captions(d, tokenizer) for d in (toy, tmp_path / "packed"))
     assert raw.ids == flat.ids and (raw.words, raw.removed) == (flat.words, flat.removed)
     assert all(np.array_equal(getattr(raw, n), getattr(flat, n)) for n in Captions.ARRAYS)
-    assert isinstance(flat.tokens, np.memmap)
+    assert isinstance(flat.tokens.base, np.memmap)
     assert read_coin(tmp_path / "packed" / "coin") == read_coin(toy / "coin")
     other = BertWordPieceTokenizer({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
     with pytest.raises(DataError, match="another vocabulary"):

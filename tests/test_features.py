@@ -1,15 +1,20 @@
-"""Pickled features: arrays in UniVL's form are read, whatever else they hold is refused."""
+"""Features on disk: rows and clips of them, cut files, and pickles in UniVL's form."""
 
+import errno
+import io
+import itertools
 import os
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import data
+import features
 from benchmarks import DataError
-from features import FeatureStore, map_array, open_features, read_pickle
+from features import FeatureStore, open_array, open_features, read_pickle
 
 
 @pytest.fixture
@@ -154,13 +159,15 @@ def test_pickled_features_are_packed_into_shards(arrays, small_toy, tmp_path, ca
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_every_array_that_numpy_writes_is_mapped_as_numpy_maps_it(tmp_path, dtype, order, version):
+def test_every_array_that_numpy_writes_is_read_as_numpy_reads_it(tmp_path, dtype, order, version):
     """Catches a header read wrongly: order, width of the numbers, where they begin."""
     x = np.asarray(np.random.default_rng(0).normal(size=(9, 5)), dtype, order=order)
     with open(tmp_path / "x.npy", "wb") as file:
         np.lib.format.write_array(file, x, version)
-    mapped = map_array(tmp_path / "x.npy")
-    assert mapped.dtype == dtype and np.array_equal(mapped, np.load(tmp_path / "x.npy"))
+    opened = open_array(tmp_path / "x.npy")
+    assert opened.dtype == dtype and opened.shape == (9, 5) and len(opened) == 9
+    for low, high in ((0, 9), (2, 7), (8, 9), (3, 3), (4, 99)):
+        assert np.array_equal(opened[low:high], x[low:high])
     rows = FeatureStore(tmp_path).rows("x", np.array([7, 0, 7]))
     assert rows.dtype == np.float32 and np.array_equal(rows, x[[7, 0, 7]].astype(np.float32))
 
@@ -204,3 +211,49 @@ def test_reading_never_changes_the_file_and_only_seconds_asked_for_must_be_finit
     assert np.array_equal(np.load(tmp_path / "x.npy"), x, equal_nan=True)
     with pytest.raises(DataError, match="x: features hold NaN or infinity at second 1"):
         store.rows("x", np.array([3, 1]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_clips_equal_a_loop_over_seconds(tmp_path, packed):
+    """Clips of videos in a row and apart, of 0 seconds and of all; zeros behind; NaN where none
+    looks, which is an error for the clip that does."""
+    rng = np.random.default_rng(0)
+    x = {name: rng.standard_normal((n, 5)).astype(np.float16) for name, n in (("a", 9), ("b", 4))}
+    x["a"][4] = np.nan
+    if packed:
+        save_file(x, tmp_path / "0.safetensors")
+    else:
+        np.save(tmp_path / "a.npy", x["a"])
+        np.save(tmp_path / "b.npy", x["b"])
+    store = FeatureStore(tmp_path)
+    videos, start, length = list("aabab"), np.array([5, 0, 0, 1, 3]), np.array([4, 2, 4, 3, 0])
+    for opened in (None, {"a": store.open("a")}):
+        video, valid = store.clips(videos, start, length, opened)
+        assert video.dtype == torch.float32 and video.shape == (5, 4, 5)
+        for i, second in itertools.product(range(5), range(4)):
+            there = second < length[i]
+            row = x[videos[i]][start[i] + second] if there else np.zeros(5)
+            assert valid[i, second] == there and np.array_equal(video[i, second].numpy(), row)
+    with pytest.raises(DataError, match="a: features hold NaN or infinity at second 4"):
+        store.clips(["b", "a"], np.array([0, 1]), np.array([2, 4]))
+    video, valid = store.clips(["b"], np.array([2]), np.array([0]))
+    assert video.shape == (1, 1, 5) and not video.any() and not valid.any()
+
+
+def test_a_file_that_is_cut_or_fails_while_it_is_open_is_a_clear_error(tmp_path, monkeypatch):
+    """A map of it would end the process; a reader that takes what comes would hand out junk."""
+    np.save(tmp_path / "x.npy", np.ones((9, 5), np.float32))
+    store = FeatureStore(tmp_path)
+    x = store.open("x")
+    os.truncate(tmp_path / "x.npy", 128 + 6 * 20)
+    assert np.array_equal(store.rows("x", np.arange(6), x), np.ones((6, 5)))
+    with pytest.raises(DataError, match=r"x\.npy: seconds 2 to 9 cannot be read \(cut short"):
+        store.rows("x", np.array([2, 8]), x)
+
+    class Failing(io.FileIO):
+        def readinto(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+    np.save(tmp_path / "y.npy", np.ones((9, 5), np.float32))
+    with pytest.raises(DataError, match=r"y\.npy: seconds 0 to 9 cannot be read \(.*Input/output"):
+        features._File(Failing(tmp_path / "y.npy"))[0:9]

@@ -197,7 +197,7 @@ def test_a_signal_is_no_damage_of_the_file_that_is_being_read(small_toy, tmp_pat
         raise Stopped
 
     store = FeatureStore(small_toy / "features")
-    monkeypatch.setattr(features, "map_array", stop)
+    monkeypatch.setattr(features, "open_array", stop)
     with pytest.raises(Stopped):
         store.open("how_train_0001")
     monkeypatch.setattr("weights.Tokenizer", SimpleNamespace(from_str=stop))
