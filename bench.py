@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ablation
+import bert
 from bert import Layer
 from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
@@ -115,13 +116,14 @@ def read_padded(model: VLM, batch: Batch, kind: str) -> tuple[Batch, Tensor, Ten
     x_video = own
     if batch.video_hidden is not None:
         x_video = model.videomlp(video * ~batch.video_hidden[:, :, None])
-    cls, sep = model.special(c.cls_token_id, B), model.special(c.sep_token_id, B)
-    x = torch.cat([cls, x_video.to(cls), sep, model.word_tokens(batch.text)], 1)  # (B, L, D)
+    special = batch.text.new_tensor([c.cls_token_id, c.sep_token_id]).expand(B, 2)
+    words = model.word_tokens(torch.cat([special, batch.text], 1))  # (B, 2+T, D)
+    x = torch.cat([words[:, :1], x_video.to(words), words[:, 1:]], 1)  # (B, L, D)
     every = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     attend = attention_mask(kind, video_valid, text_valid)
     V, T = c.max_video_len, c.max_text_len
     plain = mock.patch.object(Layer, "recomputed", lambda self, f, *args: f(*args))
-    with plain:  # holds whatever backward wants
+    with plain, mock.patch.object(bert, "WIDE", 2**20):  # holds all for backward; PyTorch's dropout
         return batch, own, model.bert(x, *model.places(V, T, x.device), every, attend)
 
 
@@ -166,6 +168,35 @@ def trainer(which: str, dtype: torch.dtype | None, B: int, compiled=False, **siz
         return loss.item()
 
     return step
+
+
+class Apart:
+    """A `trainer` in a process of its own, where nobody else has freed memory; a call is a step."""
+
+    def __init__(self, which: str, dtype: torch.dtype | None, B: int, layers: int):
+        me = f"import bench, torch; bench.serve({which!r}, {dtype}, {B}, {layers})"
+        self.child = subprocess.Popen([sys.executable, "-c", me], text=True, cwd=HERE,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def __call__(self) -> None:
+        print(file=self.child.stdin, flush=True)
+        if not self.child.stdout.readline():
+            raise RuntimeError(f"a process that takes steps ended: {self.child.wait()}")
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.child.communicate()  # no more lines: it ends
+
+
+def serve(which: str, dtype: torch.dtype | None, B: int, layers: int) -> None:
+    """Take a step for each line read, and say when it is done."""
+    start_ranks()
+    once = trainer(which, dtype, B, num_hidden_layers=layers)
+    for _ in sys.stdin:
+        once()
+        print(flush=True)
 
 
 def repeat(do: Callable, n: int) -> None:
@@ -218,19 +249,23 @@ def step(args) -> list[dict]:
             continue
         if name == ("fp32" if fast else "fp16"):
             continue  # CPUs have no fast fp16 for training, and nobody trains in fp32 on a GPU
-        plain = trainer("padded", dtype if fast else None, B, num_hidden_layers=args.layers)
-        ours = trainer("ours", dtype, B, args.compile, num_hidden_layers=args.layers)
         n = 5 if fast else 1  # steps that are timed together
-        a, b = in_turn(*(partial(repeat, f, n) for f in (plain, ours)), args.repeat)
+        if fast:
+            plain = trainer("padded", dtype, B, num_hidden_layers=args.layers)
+            ours = trainer("ours", dtype, B, args.compile, num_hidden_layers=args.layers)
+            a, b = in_turn(*(partial(repeat, f, n) for f in (plain, ours)), args.repeat)
+            del plain, ours
+            torch.cuda.empty_cache()  # for the next, and for train.py beside us
+        else:
+            with Apart("padded", None, B, args.layers) as plain, \
+                 Apart("ours", dtype, B, args.layers) as ours:  # fmt: skip
+                a, b = in_turn(plain, ours, args.repeat)
         what = f"pre-training step of {B} clips, ours in {name}{', compiled' * args.compile} "
         what += f"against padded in {name if fast else 'fp32'}"
         rows.append(row(f"step {name}", what, n * B / a, n * B / b, "clips/s", higher=True))
         share = n * work / b / ceiling(DEVICE, dtype or torch.float32)
         what = f"share of the matrix ceiling in {name}, counting real tokens only"
         rows.append(row(f"ceiling {name}", what, 1.0, share, "of 1", higher=True))
-        del plain, ours
-        if fast:
-            torch.cuda.empty_cache()  # for the next, and for train.py beside us
     return rows + (whole_loop(args, n * B / b) if fast else pages(args))
 
 

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from benchmarks import DataError
-from bert import Bert, Layer, VLMConfig, pad, square
+from bert import Bert, Layer, LookUp, VLMConfig, pad, square
 from keep import run
 from loss import LossSums, nce, nce_in_chunks
 from weights import (
@@ -298,6 +298,13 @@ class VLM(nn.Module):
 
     def word_tokens(self, ids: Tensor) -> Tensor:
         """Look word pieces up: ids (B, T) int64 -> (B, T, D); ValueError outside 0..W-1."""
+        return self.words_and_table(ids)[0]
+
+    def words_and_table(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Look word pieces up, and lend the table to predict from: ids (B, T) int64 -> (B, T, D),
+        and D (W, D). Raises: ValueError for an id outside 0..W-1.
+        """
+        table = self.bert.embeddings["word_embeddings"].weight
         if ids.device.type == "cpu" and ids.numel():  # elsewhere the look would stall the device
             low, high = ids.min().item(), ids.max().item()
             if low < 0 or high >= self.config.vocab_size:
@@ -305,7 +312,9 @@ class VLM(nn.Module):
                     f"text holds ids {low}..{high}, vocab_size is {self.config.vocab_size}: "
                     "was it encoded by another tokenizer?"
                 )
-        return self.bert.embeddings["word_embeddings"](ids)
+        if ids.device.type == "cpu":  # on a GPU LookUp would add up in any order
+            return LookUp.apply(ids, table)
+        return F.embedding(ids, table), table
 
     def special(self, token_id: int, B: int) -> Tensor:
         """Return the embedding of one special token for every clip: (B, 1, D)."""
@@ -326,19 +335,22 @@ class VLM(nn.Module):
         segments = [0] * (V + 2) + [1] * T
         return torch.tensor(positions, device=device), torch.tensor(segments, device=device)
 
-    def join(self, x_video: Tensor, batch: Batch, kind: str) -> Tensor:
-        """Encode [CLS] v.. [SEP] t.. [SEP] (Eq. 2-3): x_video (B, V, D) and text -> h (B, L, D)."""
+    def join(self, x_video: Tensor, batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+        """Encode [CLS] v.. [SEP] t.. [SEP] (Eq. 2-3) of x_video (B, V, D) and text.
+
+        Returns: h (B, L, D), and the table of words D (W, D), to predict from.
+        """
         B, V, c = *x_video.shape[:2], self.config
         special = batch.text.new_tensor([c.cls_token_id, c.sep_token_id]).expand(B, 2)
         # one look-up for all: each has a gradient as large as the vocabulary
-        words = self.word_tokens(torch.cat([special, batch.text], 1))  # (B, 2+T, D)
+        words, D = self.words_and_table(torch.cat([special, batch.text], 1))  # (B, 2+T, D)
         cls, sep, x_text = words[:, :1], words[:, 1:2], words[:, 2:]
         x = torch.cat([cls, x_video.to(cls), sep, x_text], 1)
         one = batch.video_valid.new_ones(B, 1)
         real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
         valid = batch.video_valid, batch.text_valid
         attend = None if kind == "full" else attention_mask(kind, *valid)  # None: all real ones
-        return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend)
+        return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend), D
 
     # -- encode ------------------------------------------------------------------------------
 
@@ -348,7 +360,7 @@ class VLM(nn.Module):
         Returns: h (B, L, D) of [CLS] v.. [SEP] t.. [SEP], zeros at padding.
         """
         x, _ = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
-        return self.join(x, batch, kind)
+        return self.join(x, batch, kind)[0]
 
     def encode_video(self, video: Tensor, video_valid: Tensor, stride: int | None = None) -> Tensor:
         """Encode video alone: the isolated mask's first square (footnote 2), without text.
@@ -462,8 +474,9 @@ class VLM(nn.Module):
         V = batch.video.shape[1]
         start = torch.full_like(batch.text[:, :1], self.config.cls_token_id)
         shifted = torch.cat([start, batch.text[:, :-1]], 1)
-        h = self(dataclasses.replace(batch, text=shifted), "captioning")[:, V + 2 :]  # (B, T, D)
-        head, D = self.cls["predictions"], self.bert.embeddings["word_embeddings"].weight
+        x, _ = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
+        h, D = self.join(x, dataclasses.replace(batch, text=shifted), "captioning")
+        head, h = self.cls["predictions"], h[:, V + 2 :]  # (B, T, D)
         e, target = head(h[batch.text_valid]), batch.text[batch.text_valid]
         text_sum = nce_in_chunks(e, [D], None, target, head.bias, at_once, self.nce).sum()
         count, zero = batch.text_valid.sum(), text_sum.new_zeros(())
@@ -567,11 +580,10 @@ class VLM(nn.Module):
         # GPU was given.
         V_ = V_ if gather is None else gather(V_)
         at_video, at_text = (x.nonzero(as_tuple=True) for x in (video_hidden, text_hidden))
-        h = self.join(x_masked, batch, "full")  # Eq. 3
+        h, D = self.join(x_masked, batch, "full")  # Eq. 3
         head = self.cls["predictions"]
         e_video = head(h[:, 1 : V + 1][at_video])  # (M_v, D)  Eq. 4, hidden tokens only
         e_text = head(h[:, V + 2 :][at_text])  # (M_t, D)
-        D = self.bert.embeddings["word_embeddings"].weight
         if loss == "vlm":  # Eq. 8-9: one pool V' + D for both kinds, no biases
             e = torch.cat([e_video, e_text])
             losses = nce_in_chunks(e, [V_, D], x_video, x_text, at_once=at_once, compiled=self.nce)

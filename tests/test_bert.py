@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert
 import vlm
@@ -95,8 +97,10 @@ def test_a_wide_layer_holds_less_and_has_the_same_gradients(monkeypatch):
     """With dropout, whose draws are repeated: bit for bit; neither attention's weights nor GELU."""
     found, batch = [], random_batch()
     N = int(batch.video_valid.sum() + batch.text_valid.sum()) + 2 * B  # with [CLS] and [SEP]
-    for least in (1, 2**20):
-        monkeypatch.setattr(bert, "WIDE", least)
+    monkeypatch.setattr(bert, "WIDE", 1)
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(bert.Layer, "recomputed", lambda self, f, *args: f(*args))
         model = tiny_model(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3).train()
         held = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -105,13 +109,90 @@ def test_a_wide_layer_holds_less_and_has_the_same_gradients(monkeypatch):
             torch.manual_seed(0)
             loss = model.pretrain_loss(batch).value()
         loss.backward()
-        weights = sum(x.numel() == B * 3 * L * L for x in held)  # of 3 heads
+        large = [x for x in held if x.numel() == B * 3 * L * L]  # of 3 heads
+        weights = sum(x.is_floating_point() for x in large)  # and not what dropout spares
         inner = sum(x.shape == (N, 20) for x in held)
         found.append((weights, inner, [p.grad for p in model.parameters()]))
     (*few, grads), (*many, plain) = found
-    assert few == [0, 2] and many == [2 * 3, 2 * 2], "held by two layers"
+    assert few == [0, 2] and many == [2 * 2, 2 * 2], "held by two layers"
     for x, y in zip(grads, plain, strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_wide_layers_dropout_is_pytorchs_with_other_draws(monkeypatch, dtype):
+    """Attention by hand with what is spared against PyTorch's own that drops the same; hidden
+    states times 0 or 1 / (1 - p); catches a lost mask, scale, or a weight that looks at padding."""
+    monkeypatch.setattr(bert, "WIDE", 1)
+    model = tiny_model(dtype=dtype, attention_probs_dropout_prob=0.4).train()
+    layer, (B, H, L) = model.bert.encoder["layer"][0], (3, 3, 7)
+    real = torch.rand(B, L, generator=torch.Generator().manual_seed(0)) < 0.7
+    rows, attend = real.flatten().nonzero()[:, 0], bert.square(real)
+    q, k, v = (torch.randn(len(rows), 12, dtype=dtype) for _ in range(3))
+    spared = bert.survivors((B, H, L, L), 0.4)
+    found = layer.look(q, k, v, rows, attend, None, spared)
+    for b in range(B):
+        mine = rows // L == b
+        for head in range(H):
+            x, y, z = (t[mine, 4 * head : 4 * head + 4].double() for t in (q, k, v))
+            kept = spared[b, head][real[b]][:, real[b]]
+            weights = F.softmax(x @ y.T / 2, 1) * kept / 0.6
+            error = (found[mine, 4 * head : 4 * head + 4].double() - weights @ z).abs().max()
+            assert error < (1e-12 if dtype == torch.float64 else 0.05)
+    x = torch.randn(500, 12, dtype=dtype)
+    y = bert.Dropout(0.25).train()(x)
+    assert (((y == 0) | ((y / x - 4 / 3).abs() < 0.02)).all()) and (y == 0).any()
+    assert torch.equal(bert.Dropout(0.25).eval()(x), x)
+    assert not bert.Dropout(1.0).train()(x).any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_survivors_are_as_many_as_dropout_leaves_and_independent(p):
+    """Within 4.5 deviations of a million numbers: how many, in each of four lanes, in pairs."""
+    torch.manual_seed(0)
+    n = 2**20
+    spared = bert.survivors((4, n // 4 + 3), p).flatten()[:n].double()
+    shares = [spared.mean(), *(spared[i::4].mean() * 1 for i in range(4))]
+    for share, of in zip(shares, [n, *[n / 4] * 4], strict=True):
+        assert abs(share - (1 - p)) < 4.5 * (p * (1 - p) / of) ** 0.5 + 2**-17
+    for lag in (1, 2, 3, 4, 5):
+        both = ((spared[lag:] - 1 + p) * (spared[:-lag] - 1 + p)).mean()
+        assert abs(both) < 4.5 * p * (1 - p) / n**0.5
+
+
+class Count(TorchDispatchMode):
+    """Count the new tensors of a shape that operations return."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape, self.seen = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape == self.shape:
+                self.seen.add(x.untyped_storage())  # kept: no two may lie in one place
+        return out
+
+
+@pytest.mark.parametrize("uses", ["both", "looked up", "predicted from"])
+def test_a_table_that_is_looked_up_and_predicted_from_has_one_gradient(uses):
+    """PyTorch's own of the two uses, bit for bit, ids repeated; in one table's room, not three."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 19, (4, 30), generator=g)
+    x, h = torch.randn(4, 30, 7, generator=g), torch.randn(50, 7, generator=g)
+    found, tables = [], []
+    for once in (True, False):
+        table = torch.randn(41, 7, generator=g.manual_seed(1)).requires_grad_()
+        rows, D = bert.LookUp.apply(ids, table) if once else (F.embedding(ids, table), table)
+        loss = (rows * x).sin().sum() if uses != "predicted from" else 0
+        loss = loss + F.linear(h, D).sin().sum() if uses != "looked up" else loss
+        with Count(41, 7) as count:
+            loss.backward()
+        found.append((loss, table.grad))
+        tables.append(len(count.seen))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert tables == ([1, 3] if uses == "both" else [1, 1])
 
 
 def test_config_json_keeps_known_keys_and_refuses_what_this_bert_cannot_do(tmp_path):
