@@ -157,7 +157,7 @@ def can_look_packed(x: Tensor, heads: int) -> bool:
 
 
 def survivors(shape: Sequence[int], p: float) -> Tensor:
-    """Draw what dropout of share p, in 0..1, spares on a CPU: bool, (B, H, L, L) or any other shape.
+    """Draw what dropout of share p, in 0..1, spares on a CPU: bool, (B, H, L, L) or another shape.
 
     16 random bits a number, to which p is rounded, take a fifth of the time of bernoulli_, which
     was 7 % of BERT-base's step in fp32 and 15 % in bf16.
