@@ -347,7 +347,7 @@ def hold_pages() -> None:
 
     By default each tensor of 32 MiB and more goes back to the system when it is freed, and the next
     one of that size is zeroed page by page again: two fifths of a small model's step beside a large
-    vocabulary. The price is 30 % more memory (`python bench.py step`), which wide models do
+    vocabulary. The price is a quarter more memory (`python bench.py step`), which wide models do
     not earn back, for their products take nearly all the time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
