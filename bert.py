@@ -224,12 +224,11 @@ class Layer(nn.Module):
 
     def look(
         self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, attend: Tensor,
-        past: list | None = None, spared: Tensor | None = None,
+        past: list | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention as attend says, over the padded rectangle; arguments as those of `forward`.
 
         q, k, v (N, D), rows (N,), attend (B, L, L) or, with past, (B, L, P + L) -> (N, D).
-        spared (B, H, L, L) bool: what dropout leaves of the weights, if it is drawn already.
         """
         (B, L, _), D = attend.shape, q.shape[1]
         q, k, v = self.by_clip((q, k, v), rows, B, L)  # (B, H, L, D/H)
@@ -237,16 +236,37 @@ class Layer(nn.Module):
             if past:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, P+L, D/H)
             past[:] = k, v
-        p = self.dropped()
-        if spared is None:
-            a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=p)
-        else:  # what PyTorch does where dropout keeps it from its kernel, in the same precision
-            with torch.autocast("cpu", enabled=False):
-                scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, L, L)
-                weights = scores.masked_fill(~attend[:, None], -math.inf).softmax(3)
-                a = (weights * spared) @ v * (1 / (1 - p))
+        a = F.scaled_dot_product_attention(q, k, v, attend[:, None], dropout_p=self.dropped())
         # (B, H, L, D/H) -> (N, D)
         return a.transpose(1, 2).reshape(B * L, D).index_select(0, rows)
+
+    def look_at_each(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], see: list[Tensor] | None,
+        spared: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention clip by clip, where packed tokens lie side by side (wide models on a CPU).
+
+        q, k, v (N, D), each clip's n of its lengths in turn -> (N, D). see: what a clip's tokens
+        look at, (n, n) bool, or None for all of them. spared (sum of H n n,) bool: the weights
+        that dropout leaves, clip by clip; None: PyTorch draws.
+        """
+        # No clip is padded to the longest: of the paper's clips 0.4 of the rectangle's products
+        (N, D), H, p, given = q.shape, self.heads, self.dropped(), q.dtype
+        kind = torch.promote_types(given, torch.float32)  # products so small are no faster in bf16
+        q, k, v = (y.to(kind).view(N, H, D // H).transpose(0, 1) for y in (q, k, v))  # (H, N, D/H)
+        three = [y.split(lengths, 1) for y in (q * q.shape[2] ** -0.5, k, v)]
+        if spared is not None:
+            spared = (spared.to(kind) * (1 / (1 - p))).split([H * n * n for n in lengths])
+        out = []
+        with torch.autocast("cpu", enabled=False):
+            for i, (q, k, v) in enumerate(zip(*three, strict=True)):
+                scores = torch.bmm(q, k.transpose(1, 2))  # (H, n, n)
+                if see is not None:
+                    scores = scores.masked_fill(~see[i], -math.inf)
+                w = scores.softmax(2)
+                w = F.dropout(w, p) if spared is None else w * spared[i].view_as(w)
+                out.append(torch.bmm(w, v).transpose(0, 1))  # (n, H, D/H)
+        return torch.cat(out).flatten(1).to(given)
 
     def look_at_all(self, x: Tensor, begins: Tensor, longest: int) -> Tensor:
         """Attention of each token to all of its clip, packed as they are (GPU): (N, D) -> (N, D).
@@ -269,8 +289,8 @@ class Layer(nn.Module):
     def recomputed(self, f: Callable[..., Tensor], *args) -> Tensor:
         """Call f; in backward a wide layer on a CPU calls it again, and till then holds args alone.
 
-        For what is large and cheap: padded rectangles, attention's weights, (B, H, L, L) three
-        times where dropout keeps PyTorch from its kernel, and GELU's (N, 4 D). args: any shape.
+        For what is large and cheap: attention's weights, (H, n, n) of a clip's n tokens three
+        times over, and GELU's (N, 4 D). args: any shape.
         """
         compiled = torch.compiler.is_compiling()  # chooses for itself what it computes again
         cpu = args[0].device.type == "cpu"
@@ -280,23 +300,27 @@ class Layer(nn.Module):
 
     def forward(
         self, x: Tensor, rows: Tensor, attend: Tensor | None, past: list | None = None,
-        packed: tuple[Tensor, int] | None = None,
+        packed: tuple | None = None, asked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (N, D) real tokens, rows (N,) their places in the flattened (B, L) -> (N, D).
 
         past: keys and values (B, H, P, D/H) of tokens read before, which attend (B, L, P + L) then
         covers too, or an empty list; those of x are added to it. packed: instead of attend
-        (B, L, L), what look_at_all wants: where clips begin (B+1,), and the longest.
+        (B, L, L), what look_at_all wants on a GPU, where clips begin (B+1,) and the longest, or
+        look_at_each on a CPU, lengths and see. asked (M,) int64: which of the N are wanted alone,
+        -> (M, D).
         """
-        if packed:
+        if packed and x.is_cuda:
             a = self.look_at_all(x, *packed)  # (N, D)
-        elif past is None:
-            B, L, p, spared = *attend.shape[:2], self.dropped(), None
+        elif packed:
+            p, spared = self.dropped(), None
             if draws_itself(x, p):  # once, for backward too
-                spared = survivors((B, self.heads, L, L), p)
-            a = self.recomputed(self.look, *self.qkv(x), rows, attend, None, spared)
+                spared = survivors((sum(self.heads * n * n for n in packed[0]),), p)
+            a = self.recomputed(self.look_at_each, *self.qkv(x), *packed, spared)
         else:
             a = self.look(*self.qkv(x), rows, attend, past)
+        if asked is not None:
+            x, a = x.index_select(0, asked), a.index_select(0, asked)  # (M, D)
         out = self.attention["output"]
         x = out["LayerNorm"](x + self.dropout(out["dense"](a)))
         y = self.recomputed(self.shrink, self.intermediate["dense"](x))
@@ -320,10 +344,17 @@ class Bert(nn.Module):
         layers = nn.ModuleList([Layer(c) for _ in range(c.num_hidden_layers)])
         self.encoder = nn.ModuleDict({"layer": layers})
         self.dropout = Dropout(c.hidden_dropout_prob)
+        self.compiled = False  # whether its layers are
+
+    def compile_layers(self) -> None:
+        """Compile the layers, for any number of tokens."""
+        self.compiled = True
+        for layer in self.encoder["layer"]:
+            layer.compile(dynamic=True)
 
     def forward(
         self, x: Tensor, position: Tensor, segment: Tensor, real: Tensor,
-        attend: Tensor | None = None, past: list[list] | None = None,
+        attend: Tensor | None = None, past: list[list] | None = None, asked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode token vectors.
 
@@ -331,22 +362,33 @@ class Bert(nn.Module):
                  real (B, L) bool; attend (B, L, L) bool, or (B, L, P + L) with `past`: each layer's
                  keys and values of the P tokens read before, to which those of x are added; None:
                  every real token looks at all real tokens of its clip (without `past`).
-        Returns: h (B, L, D), zeros at padding, which is never computed.
+                 asked (B, L) bool, among the real ones: whose h will be read; None: all.
+        Returns: h (B, L, D), zeros at padding, which is never computed; of tokens that are not
+                 asked for, nothing to be read.
         """
         B, L, D = x.shape
         rows = real.flatten().nonzero()[:, 0]  # (N,): from here to the last line, real tokens only
+        # The last layer need not compute what nobody reads. A narrow model does: otherwise it would
+        # round otherwise, and README's tables, all of narrow models, be other ones.
+        last = None if asked is None or D < WIDE else asked.flatten()[rows].nonzero()[:, 0]  # (M,)
         e = self.embeddings
         where = e["position_embeddings"](position) + e["token_type_embeddings"](segment)  # (L, D)
         x = x.reshape(B * L, D).index_select(0, rows) + where.index_select(0, rows % L)  # (N, D)
         x = self.dropout(e["LayerNorm"](x))
-        packed = None
-        if attend is None and can_look_packed(x, self.encoder["layer"][0].heads):
+        layers, packed = self.encoder["layer"], None
+        if attend is None and can_look_packed(x, layers[0].heads):
             packed = F.pad(real.sum(1).cumsum(0), (1, 0)).int(), L
+        elif D >= WIDE and x.device.type == "cpu" and past is None and not self.compiled:
+            see = None if attend is None else [
+                a[r][:, r] for a, r in zip(attend, real, strict=True)
+            ]  # fmt: skip
+            packed = real.sum(1).tolist(), see
         elif attend is None:
             attend = square(real)
-        for i, layer in enumerate(self.encoder["layer"]):
-            x = layer(x, rows, attend, None if past is None else past[i], packed)
-        return pad(x, rows, B, L)
+        for i, layer in enumerate(layers):
+            which = last if i == len(layers) - 1 else None
+            x = layer(x, rows, attend, past and past[i], packed, which)
+        return pad(x, rows if last is None else rows[last], B, L)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # Logits held at a time, above which rows go chunk by chunk: 64 MiB on a CPU, where each chunk costs
@@ -26,6 +27,37 @@ LOGITS_AT_ONCE = {"cpu": 2**24, "other": 2**28}
 def wide(x: Tensor) -> Tensor:
     """x, any shape -> x in fp32 or better, as large sums and dot products want it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sum_and_true(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (M, P) take log sum_j exp(x_j) of each row, (M,), and the last rows' own logits,
+    at index (M_t,) int64: (M_t,).
+    """
+    total = logits.logsumexp(1)
+    return total, logits[len(logits) - len(index) :].gather(1, index[:, None])[:, 0]
+
+
+class SumAndTrue(torch.autograd.Function):
+    """`sum_and_true`, whose gradient is written once, in one place of the logits' size, where
+    PyTorch's own takes five and more: the most memory that a step takes is taken here.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """logits (M, P), index (M_t,) -> (M,), (M_t,)."""
+        total, true = sum_and_true(logits, index)
+        ctx.save_for_backward(logits, index, total)
+        return total, true
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_total: Tensor, by_true: Tensor) -> tuple[Tensor, None]:
+        """Gradients (M,), (M_t,) -> that of the logits (M, P): the softmax, and 1 at the truth."""
+        logits, index, total = ctx.saved_tensors
+        grad = (logits - total[:, None]).exp_().mul_(by_total[:, None])
+        words = torch.arange(len(logits) - len(index), len(logits), device=index.device)
+        grad[words, index] += by_true
+        return grad, None
 
 
 def nce(
@@ -49,15 +81,17 @@ def nce(
     if bias is not None:
         logits[-1] = logits[-1] + bias
     # DEVIATION: the authors' words meet one more logit, 0, an artefact of how they pad two pools
+    of_words = own.new_zeros(0, dtype=torch.long) if index is None else index
+    take = sum_and_true if torch.compiler.is_compiling() else SumAndTrue.apply
+    last, word = take(logits[-1], of_words)  # word: x_s . e_s of the rows that have an index
     # log of the sum over j; of torch.stack(..).logsumexp(0) PyTorch 2.13 compiles a wrong gradient
-    total = functools.reduce(torch.logaddexp, [x.logsumexp(1) for x in logits])
+    total = functools.reduce(torch.logaddexp, [*(x.logsumexp(1) for x in logits[:-1]), last])
     true = (wide(own) * wide(e[: len(own)])).sum(1)  # x_s . e_s
     losses = torch.logaddexp(true, total[: len(own)]) - true
     if index is None:
         return losses
     # x_s and D without s are together D: exp(x_s.e_s) stands in the sum over j already
-    words = total[len(own) :] - logits[-1][len(own) :].gather(1, index[:, None])[:, 0]
-    return torch.cat([losses, words])
+    return torch.cat([losses, total[len(own) :] - word])
 
 
 def nce_in_chunks(

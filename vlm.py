@@ -261,8 +261,7 @@ class VLM(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what takes the time of a step, layers and Eq. 9, for any number of tokens."""
-        for layer in self.bert.encoder["layer"]:
-            layer.compile(dynamic=True)
+        self.bert.compile_layers()
         self.nce = torch.compile(nce, dynamic=True)
 
     # -- inputs ------------------------------------------------------------------------------
@@ -335,9 +334,13 @@ class VLM(nn.Module):
         segments = [0] * (V + 2) + [1] * T
         return torch.tensor(positions, device=device), torch.tensor(segments, device=device)
 
-    def join(self, x_video: Tensor, batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+    def join(
+        self, x_video: Tensor, batch: Batch, kind: str,
+        asked: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Encode [CLS] v.. [SEP] t.. [SEP] (Eq. 2-3) of x_video (B, V, D) and text.
 
+        asked: which seconds (B, V) and words (B, T), bool, are to be read alone of h; None: all.
         Returns: h (B, L, D), and the table of words D (W, D), to predict from.
         """
         B, V, c = *x_video.shape[:2], self.config
@@ -350,7 +353,10 @@ class VLM(nn.Module):
         real = torch.cat([one, batch.video_valid, one, batch.text_valid], 1)
         valid = batch.video_valid, batch.text_valid
         attend = None if kind == "full" else attention_mask(kind, *valid)  # None: all real ones
-        return self.bert(x, *self.places(V, x_text.shape[1], x.device), real, attend), D
+        if asked is not None:
+            asked = torch.cat([~one, asked[0], ~one, asked[1]], 1)
+        places = self.places(V, x_text.shape[1], x.device)
+        return self.bert(x, *places, real, attend, asked=asked), D
 
     # -- encode ------------------------------------------------------------------------------
 
@@ -475,7 +481,8 @@ class VLM(nn.Module):
         start = torch.full_like(batch.text[:, :1], self.config.cls_token_id)
         shifted = torch.cat([start, batch.text[:, :-1]], 1)
         x, _ = self.video_tokens(batch.video, batch.video_valid, batch.video_hidden)
-        h, D = self.join(x, dataclasses.replace(batch, text=shifted), "captioning")
+        asked = torch.zeros_like(batch.video_valid), batch.text_valid
+        h, D = self.join(x, dataclasses.replace(batch, text=shifted), "captioning", asked)
         head, h = self.cls["predictions"], h[:, V + 2 :]  # (B, T, D)
         e, target = head(h[batch.text_valid]), batch.text[batch.text_valid]
         text_sum = nce_in_chunks(e, [D], None, target, head.bias, at_once, self.nce).sum()
@@ -580,7 +587,7 @@ class VLM(nn.Module):
         # GPU was given.
         V_ = V_ if gather is None else gather(V_)
         at_video, at_text = (x.nonzero(as_tuple=True) for x in (video_hidden, text_hidden))
-        h, D = self.join(x_masked, batch, "full")  # Eq. 3
+        h, D = self.join(x_masked, batch, "full", (video_hidden, text_hidden))  # Eq. 3
         head = self.cls["predictions"]
         e_video = head(h[:, 1 : V + 1][at_video])  # (M_v, D)  Eq. 4, hidden tokens only
         e_text = head(h[:, V + 2 :][at_text])  # (M_t, D)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bert
 import meteor
 import train
 from tests.runs import config
@@ -26,6 +27,14 @@ def pytest_configure(config):
 def one_thread():
     """Run on one thread: at these sizes a second one only waits, for minutes on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["narrow", "wide"])
+def width(request, monkeypatch) -> str:
+    """Run a test twice: small models computed as such, and on the ways of BERT-base on a CPU."""
+    if request.param == "wide":
+        monkeypatch.setattr(bert, "WIDE", 1)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ ten times as wide as BERT's, LayerNorms and biases included, so that nothing is 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm import VLM, Batch, VLMConfig
 
@@ -125,6 +126,21 @@ def value_and_gradients(model: VLM, batch: Batch, *args, **kwargs):
 def same(actual, expected, tolerance: float) -> None:
     """Compare tensors or lists of them: |a - b| <= tolerance (1 + |b|)."""
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+class Count(TorchDispatchMode):
+    """Count the new tensors of a shape that operations return."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.shape, self.seen = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.shape == self.shape:
+                self.seen.add(x.untyped_storage())  # kept: no two may lie in one place
+        return out
 
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "stir", "the", "soup", "##s", "pan"]

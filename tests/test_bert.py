@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert
 import vlm
@@ -19,7 +19,7 @@ from tests.small import (
     SEP,
     SEP_PLACE,
     B,
-    L,
+    Count,
     T,
     V,
     W,
@@ -96,7 +96,8 @@ def test_the_papers_sizes_have_the_papers_110_million_parameters():
 def test_a_wide_layer_holds_less_and_has_the_same_gradients(monkeypatch):
     """With dropout, whose draws are repeated: bit for bit; neither attention's weights nor GELU."""
     found, batch = [], random_batch()
-    N = int(batch.video_valid.sum() + batch.text_valid.sum()) + 2 * B  # with [CLS] and [SEP]
+    lengths = real_places(batch).sum(1)
+    inner = (lengths.sum(), 20), ((batch.video_hidden.sum() + batch.text_hidden.sum()), 20)
     monkeypatch.setattr(bert, "WIDE", 1)
     for plain in (False, True):
         if plain:
@@ -109,36 +110,44 @@ def test_a_wide_layer_holds_less_and_has_the_same_gradients(monkeypatch):
             torch.manual_seed(0)
             loss = model.pretrain_loss(batch).value()
         loss.backward()
-        large = [x for x in held if x.numel() == B * 3 * L * L]  # of 3 heads
-        weights = sum(x.is_floating_point() for x in large)  # and not what dropout spares
-        inner = sum(x.shape == (N, 20) for x in held)
-        found.append((weights, inner, [p.grad for p in model.parameters()]))
+        weights = sum(x.shape in [(3, n, n) for n in lengths] for x in held)  # of 3 heads
+        gelu = sum(x.shape in inner for x in held)
+        found.append((weights, gelu, [p.grad for p in model.parameters()]))
     (*few, grads), (*many, plain) = found
-    assert few == [0, 2] and many == [2 * 2, 2 * 2], "held by two layers"
+    # two layers; softmax, what is spared, what is left, of each clip; GELU's two sides
+    assert few == [0, 2] and many == [2 * B * 3, 2 * 2]
     for x, y in zip(grads, plain, strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_wide_layers_dropout_is_pytorchs_with_other_draws(monkeypatch, dtype):
-    """Attention by hand with what is spared against PyTorch's own that drops the same; hidden
-    states times 0 or 1 / (1 - p); catches a lost mask, scale, or a weight that looks at padding."""
+    """Attention by hand, token by token, with what is spared; hidden states times 0 or
+    1 / (1 - p); catches a lost mask or scale, and a clip or a head that reads another's."""
     monkeypatch.setattr(bert, "WIDE", 1)
     model = tiny_model(dtype=dtype, attention_probs_dropout_prob=0.4).train()
-    layer, (B, H, L) = model.bert.encoder["layer"][0], (3, 3, 7)
-    real = torch.rand(B, L, generator=torch.Generator().manual_seed(0)) < 0.7
-    rows, attend = real.flatten().nonzero()[:, 0], bert.square(real)
-    q, k, v = (torch.randn(len(rows), 12, dtype=dtype) for _ in range(3))
-    spared = bert.survivors((B, H, L, L), 0.4)
-    found = layer.look(q, k, v, rows, attend, None, spared)
-    for b in range(B):
-        mine = rows // L == b
-        for head in range(H):
-            x, y, z = (t[mine, 4 * head : 4 * head + 4].double() for t in (q, k, v))
-            kept = spared[b, head][real[b]][:, real[b]]
-            weights = F.softmax(x @ y.T / 2, 1) * kept / 0.6
-            error = (found[mine, 4 * head : 4 * head + 4].double() - weights @ z).abs().max()
-            assert error < (1e-12 if dtype == torch.float64 else 0.05)
+    layer, lengths, H = model.bert.encoder["layer"][0], [4, 0, 1, 7], 3
+    q, k, v = (torch.randn(sum(lengths), 12, dtype=dtype) for _ in range(3))
+    draw = torch.Generator().manual_seed(0)
+    see = [(torch.rand(n, n, generator=draw) < 0.6) | torch.eye(n).bool() for n in lengths]
+    spared = [torch.rand(H, n, n, generator=draw) < 0.6 for n in lengths]
+    flat = torch.cat([x.flatten() for x in spared])
+    for masks in (see, None):
+        found, begin = layer.look_at_each(q, k, v, lengths, masks, flat), 0
+        for clip, n in enumerate(lengths):
+            for head, i in itertools.product(range(H), range(n)):
+                at = slice(begin, begin + n), slice(4 * head, 4 * head + 4)
+                x, y, z = (t[at].double() for t in (q, k, v))
+                weights = (y @ x[i] / 2).exp()
+                if masks:
+                    weights = weights * masks[clip][i]
+                expected = (weights / weights.sum() * spared[clip][head, i] / 0.6) @ z
+                error = (found[at][i].double() - expected).abs().max()
+                assert error < (1e-12 if dtype == torch.float64 else 0.02)
+            begin += n
+        assert found.dtype == dtype
+    model.set_dropout(1.0)
+    assert not layer.look_at_each(q, k, v, lengths, see, None).any()
     x = torch.randn(500, 12, dtype=dtype)
     y = bert.Dropout(0.25).train()(x)
     assert (((y == 0) | ((y / x - 4 / 3).abs() < 0.02)).all()) and (y == 0).any()
@@ -158,21 +167,6 @@ def test_survivors_are_as_many_as_dropout_leaves_and_independent(p):
     for lag in (1, 2, 3, 4, 5):
         both = ((spared[lag:] - 1 + p) * (spared[:-lag] - 1 + p)).mean()
         assert abs(both) < 4.5 * p * (1 - p) / n**0.5
-
-
-class Count(TorchDispatchMode):
-    """Count the new tensors of a shape that operations return."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.shape, self.seen = shape, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor) and x.shape == self.shape:
-                self.seen.add(x.untyped_storage())  # kept: no two may lie in one place
-        return out
 
 
 @pytest.mark.parametrize("uses", ["both", "looked up", "predicted from"])
@@ -279,6 +273,7 @@ def random_hf_bert(path: Path, name: str = "BertForMaskedLM", **changes):
     return hf, model
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.hf
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel"])
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
@@ -290,6 +285,7 @@ def test_a_random_bert_gives_hugging_faces_hidden_states_and_word_logits(tmp_pat
     check_text(hf, model, batch.text[-1:], batch.text_valid[-1:])  # no padding at all
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.hf
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -351,6 +347,7 @@ def test_real_minilm_gives_hugging_faces_hidden_states():
     check_real_weights(weights[0].parent, "BertModel")
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.hf
 @torch.no_grad()
 def test_hugging_face_opens_a_saved_run_as_the_same_bert(tmp_path):
@@ -378,6 +375,7 @@ def test_hugging_face_opens_a_runs_tokenizer_and_gives_the_same_ids(small_toy, t
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.hf
 @pytest.mark.parametrize("safe", [True, False])
 @torch.no_grad()

@@ -136,6 +136,7 @@ def test_generate_refuses_what_does_not_fit():
 # ---- the loss that trains it
 
 
+@pytest.mark.usefixtures("width")
 def test_caption_loss_is_the_likelihood_of_the_text_with_its_sep():
     """Against next_log_probs word by word; padding, other clips and chunks change nothing."""
     model = make()
@@ -190,6 +191,7 @@ def by_hand(model: VLM, video: torch.Tensor, stride: int) -> tuple[torch.Tensor,
     return torch.stack([sum(s) / len(s) for s in states]), sum(seps) / len(seps)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("stride", [None, 1, 2, 5, 7])
 def test_windows_are_averaged_as_a_loop_does(stride):
     """Lengths around the window's; in a batch each clip is read as if it were alone."""

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from loss import LOGITS_AT_ONCE, nce, nce_in_chunks
+from loss import LOGITS_AT_ONCE, SumAndTrue, nce, nce_in_chunks, sum_and_true
 from tests.small import (
     CLS,
     LOSSES,
     SEP,
     SEP_PLACE,
     B,
+    Count,
     T,
     W,
     clips,
@@ -136,6 +137,7 @@ class SlowVLM:
         return sum(sum(part) / len(part) for part in losses.values() if part)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_pretrain_loss_equals_equations_5_to_9_token_by_token(loss):
     """Catches any slip between the paper and the batched code, in the value or in any gradient.
@@ -164,6 +166,7 @@ def test_word_logits_equal_the_prediction_head_times_the_word_embeddings_and_its
         same(logits[b, t, w], expected, 1e-12)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize(
     "hidden", ["nothing", "video only", "text only", "all video", "everything"]
 )
@@ -187,6 +190,7 @@ def test_losses_are_right_and_finite_whatever_kind_is_hidden(loss, hidden):
     same(actual, [expected, *gradients(expected, model)], 1e-10)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_and_batch_order_never_change_a_gradient(loss):
     """Catches padding that enters V' or the counts; float64, only the order of sums may differ."""
@@ -196,6 +200,7 @@ def test_padding_and_batch_order_never_change_a_gradient(loss):
     same(value_and_gradients(model, clips(batch, [1, 2, 0]), loss), expected, 1e-10)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_chunk_size_changes_neither_value_nor_gradient(loss, dtype, tolerance):
@@ -232,6 +237,23 @@ def test_logits_held_never_exceed_the_limit_even_for_backward(monkeypatch):
             value.backward()
 
 
+@pytest.mark.parametrize("words", [0, 9, 23])
+def test_a_sum_and_its_truth_have_pytorchs_gradient_written_once(words):
+    """PyTorch's own, bit for bit; in one place of the logits' size, not five and more."""
+    g, found, places = torch.Generator().manual_seed(0), [], []
+    index = torch.randint(0, 17, (words,), generator=g)
+    x, a, b = (torch.randn(n, generator=g) for n in ((23, 17), (23,), (words,)))
+    for take in (SumAndTrue.apply, sum_and_true):
+        logits = x.clone().requires_grad_()
+        total, true = take(logits, index)
+        value = (total * a).sum() + (true.sin() * b).sum()
+        with Count(23, 17) as count:
+            value.backward()
+        found.append([total, true, logits.grad])
+        places.append(len(count.seen))
+    assert all(map(torch.equal, *found)) and places[0] == 1 and places[1] >= 5
+
+
 def compare_compiled_nce(device: str) -> None:
     """Compare values and gradients of a compiled `nce` with the plain one's, for several sizes."""
     g, plain = torch.Generator().manual_seed(0), nce
@@ -256,6 +278,7 @@ def test_compiled_nce_has_the_gradients_of_the_plain_one():
     compare_compiled_nce("cpu")
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gathered_rows_join_the_pool_with_their_gradients(loss):
     """Catches other ranks' V' being ignored, detached, or shifting the rows of D."""
@@ -284,6 +307,7 @@ def test_gathered_rows_join_the_pool_with_their_gradients(loss):
     same(ours, theirs, 1e-10)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ranks_that_share_v_and_the_counts_add_up_to_one_big_batch(loss):
     """Catches means of means: 1, 2 or 8 ranks must train the same model (DESIGN 8)."""
@@ -299,6 +323,7 @@ def test_ranks_that_share_v_and_the_counts_add_up_to_one_big_batch(loss):
     same(actual, value_and_gradients(model, batch, loss), 1e-10)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 @torch.no_grad()
 def test_padding_marked_as_hidden_is_not_predicted(loss):
@@ -326,6 +351,7 @@ def test_chance_is_the_loss_of_a_model_that_predicts_nothing(loss):
         assert sums.value().item() == pytest.approx(sums.chance(), abs=1e-12)
 
 
+@pytest.mark.usefixtures("width")
 def test_one_batch_can_be_learnt_by_heart():
     """Catches a loss whose gradients do not lead down; from ln 50 = 3.9 to well below 0.05."""
     torch.manual_seed(0)
@@ -340,6 +366,7 @@ def test_one_batch_can_be_learnt_by_heart():
     assert loss < 0.05
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_half_precision_gives_nearly_the_loss_of_fp32(loss, dtype):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import bert
 import vlm
 from loss import nce
 from tests.small import (
@@ -152,6 +153,7 @@ def poked(model: VLM, batch: Batch, place: int):
         positions.weight.copy_(before)
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("table", [ONE_CLIP, PADDED, DUMMY_TEXT, DUMMY_SECOND])
 @torch.no_grad()
@@ -184,6 +186,7 @@ def predictions(monkeypatch, model: VLM, batch: Batch, loss: str):
     return seen, value
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("loss", LOSSES)
 @torch.no_grad()
 def test_hidden_tokens_cannot_be_read_through_any_path(monkeypatch, loss):
@@ -215,6 +218,7 @@ def test_hidden_tokens_cannot_be_read_through_any_path(monkeypatch, loss):
 # Encoding apart
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("rows", [[0], [2], [2, 0, 1]])
 @pytest.mark.parametrize("kind", ISOLATED)
 @torch.no_grad()
@@ -226,6 +230,7 @@ def test_video_and_text_encoded_apart_equal_the_one_isolated_pass(kind, rows):
     same(model.encode_text(batch.text, batch.text_valid), h[:, V + 2 :], 1e-5)
 
 
+@pytest.mark.usefixtures("width")
 @torch.no_grad()
 def test_dummies_of_either_kind_never_change_the_other_side():
     """Catches a dummy ([PAD] [SEP], a zero second, no text at all) leaking under isolated masks."""
@@ -242,6 +247,7 @@ def test_dummies_of_either_kind_never_change_the_other_side():
     same(h[:, 3:], model.encode_text(*text), 1e-12)
 
 
+@pytest.mark.usefixtures("width")
 @torch.no_grad()
 def test_no_seconds_and_no_words_at_all_are_batches_like_any_other():
     """Catches reshapes that cannot take a size of 0: text without video, video without text."""
@@ -257,6 +263,7 @@ def test_no_seconds_and_no_words_at_all_are_batches_like_any_other():
     assert model.embed_text(*no_text).isfinite().all()
 
 
+@pytest.mark.usefixtures("width")
 @torch.no_grad()
 def test_embeddings_equal_a_loop_mean_over_real_tokens_and_their_sep():
     """Catches a pooling that forgets the [SEP], counts padding, or divides by the padded length."""
@@ -271,6 +278,7 @@ def test_embeddings_equal_a_loop_mean_over_real_tokens_and_their_sep():
         same(model.embed_text(batch.text, batch.text_valid)[b], sum(kept) / len(kept), 1e-12)
 
 
+@pytest.mark.usefixtures("width")
 @torch.no_grad()
 def test_segment_classifies_every_second_and_not_the_sep():
     """Catches logits shifted by one place: row v must come from second v's own hidden state."""
@@ -282,6 +290,7 @@ def test_segment_classifies_every_second_and_not_the_sep():
         same(logits[:, v], model.classifier(h[:, v]), 1e-12)
 
 
+@pytest.mark.usefixtures("width")
 @torch.no_grad()
 def test_padding_and_batch_order_never_change_an_output():
     """Catches padding that is read, pooled or counted, positions that depend on it, mixed-up clips.
@@ -322,12 +331,14 @@ def test_padding_and_batch_order_never_change_an_output():
 
 
 @torch.no_grad()
-def test_padding_is_not_computed_and_heads_run_on_hidden_tokens_only():
-    """Catches a layer that multiplies padding, a head on all tokens, an MLP that runs twice."""
+def test_padding_is_not_computed_and_heads_run_on_hidden_tokens_only(width):
+    """Catches a layer that multiplies padding, a head on all tokens, an MLP that runs twice; in a
+    wide model the last layer too runs on hidden tokens alone."""
     model, batch, rows = tiny_model(), random_batch(), {}
-    layer = model.bert.encoder["layer"][0]
+    layers = model.bert.encoder["layer"]
     for name, module in {
-        "layer": layer.intermediate["dense"],
+        "layer": layers[0].intermediate["dense"],
+        "last": layers[1].intermediate["dense"],
         "head": model.cls["predictions"].transform["dense"],
         "mlp": model.videomlp.linear2,
     }.items():
@@ -335,8 +346,9 @@ def test_padding_is_not_computed_and_heads_run_on_hidden_tokens_only():
             lambda m, x, y, name=name: rows.setdefault(name, []).append(len(y))
         )
     model.pretrain_loss(batch)
-    assert rows["layer"] == [real_places(batch).sum()]
-    assert rows["head"] == [batch.video_hidden.sum(), batch.text_hidden.sum()]
+    hidden = batch.video_hidden.sum(), batch.text_hidden.sum()
+    assert rows["layer"] == [real_places(batch).sum()] and rows["head"] == [*hidden]
+    assert rows["last"] == ([sum(hidden)] if width == "wide" else rows["layer"])
     assert rows["mlp"] == [
         batch.video_valid.sum(),
         1,
@@ -344,7 +356,7 @@ def test_padding_is_not_computed_and_heads_run_on_hidden_tokens_only():
 
 
 @torch.no_grad()
-def test_dropout_acts_where_bert_has_it_in_training_and_never_in_eval(monkeypatch):
+def test_dropout_acts_where_bert_has_it_in_training_and_never_in_eval(monkeypatch, width):
     """Catches a missing dropout, and attention dropout, a mere number, that stays on in eval."""
     changes = dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.25)
     model, batch, calls = tiny_model(**changes), hide(random_batch()), []
@@ -354,6 +366,13 @@ def test_dropout_acts_where_bert_has_it_in_training_and_never_in_eval(monkeypatc
         calls.append(dropout_p)
         return attention(*args, dropout_p=dropout_p)
 
+    def draw(shape, p):
+        if len(shape) == 1:  # for attention; for hidden states the modules' hooks tell
+            calls.append(p)
+        return survivors(shape, p)
+
+    survivors = bert.survivors
+    monkeypatch.setattr(bert, "survivors", draw)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -371,7 +390,7 @@ def test_dropout_acts_where_bert_has_it_in_training_and_never_in_eval(monkeypatc
     )
     calls.clear()
     model.eval()(batch)
-    assert calls == [0.0] * 7
+    assert calls == [0.0] * (7 if width == "narrow" else 5)
 
 
 # -------------------------------------------------------------------------------------------------
