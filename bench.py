@@ -219,11 +219,13 @@ def operations(batch: Batch, c: VLMConfig) -> float:
     tokens = int(batch.video_valid.sum() + batch.text_valid.sum()) + 2 * len(batch.video)
     hidden = int(batch.video_hidden.sum() + batch.text_hidden.sum())
     D, inner = c.hidden_size, c.intermediate_size
-    layer = 2 * (4 * D * D + 2 * D * inner)
+    last = hidden if D >= bert.WIDE else tokens  # of which the last layer reads on
+    layers = 2 * ((c.num_hidden_layers - 1) * tokens * (4 * D * D + 2 * D * inner)
+                  + tokens * 3 * D * D + last * (D * D + 2 * D * inner))  # fmt: skip
     pool = c.vocab_size + int((batch.video_valid & ~batch.video_hidden).sum())
     head = hidden * 2 * (D * D + D * pool)
     mlp = int(batch.video_valid.sum()) * 2 * (c.video_dim * D + D * D)
-    return 3 * (tokens * c.num_hidden_layers * layer + head + mlp)
+    return 3 * (layers + head + mlp)
 
 
 def step(args) -> list[dict]:
@@ -239,7 +241,8 @@ def step(args) -> list[dict]:
             continue
         me = [sys.executable, __file__, "step", "--which", which, "--batch", str(B)]
         me += ["--layers", str(args.layers)]  # a process each, for peaks do not go down again
-        peaks[which] = float(subprocess.run(me, check=True, stdout=subprocess.PIPE).stdout)
+        runs = [subprocess.run(me, check=True, stdout=subprocess.PIPE) for _ in range(args.repeat)]
+        peaks[which] = statistics.median(float(run.stdout) for run in runs)
     kind = "bf16" if fast and half() else "fp32"
     what = f"peak memory of the step, {B} clips, {kind}, weights and Adam's "
     rows.append(row("memory", what + "state among it", peaks["padded"], peaks["ours"], "MiB"))

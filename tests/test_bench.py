@@ -47,8 +47,9 @@ def test_retrieval_is_measured_at_youcook2_s_lengths():
     assert abs(batch.text_valid.sum(1).float().mean() - 10.9) < 1.5
 
 
-def test_operations_are_counted_by_hand():
-    """One clip of 2 seconds and 3 pieces, one token hidden: every matrix product on paper."""
+def test_operations_are_counted_by_hand(width):
+    """One clip of 2 seconds and 3 pieces, one token hidden: every matrix product on paper. In a
+    wide model only the hidden one goes through the last layer's second half."""
     c = VLMConfig(vocab_size=1200, video_dim=5, **SMALL)
     batch = paper_batch(1, c)
     keep = slice(0, 1)
@@ -57,8 +58,9 @@ def test_operations_are_counted_by_hand():
     batch.video_hidden = torch.tensor([[True, False]])
     batch.text_hidden = torch.zeros(1, 4, dtype=torch.bool)
     batch.video = torch.zeros(1, 2, 5)[keep]
-    layer = 4 * 24 * 24 + 2 * 24 * 32
-    forward = 8 * layer + (24 * 24 + 24 * (1200 + 1)) + 2 * (5 * 24 + 24 * 24)
+    qkv, rest = 3 * 24 * 24, 24 * 24 + 2 * 24 * 32
+    layer = 8 * qkv + (1 if width == "wide" else 8) * rest
+    forward = layer + (24 * 24 + 24 * (1200 + 1)) + 2 * (5 * 24 + 24 * 24)
     assert operations(batch, c) == 3 * 2 * forward
 
 
