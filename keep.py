@@ -346,8 +346,8 @@ def hold_pages() -> None:
     """Let freed memory stay with the process, under glibc; elsewhere nothing changes.
 
     By default each tensor of 32 MiB and more goes back to the system when it is freed, and the next
-    one of that size is zeroed page by page again: two fifths of a small model's step beside a large
-    vocabulary. The price is a quarter more memory (`python bench.py step`), which wide models do
+    one of that size is zeroed page by page again: a quarter of a small model's step beside a large
+    vocabulary. The price is a fifth more memory (`python bench.py step`), which wide models do
     not earn back, for their products take nearly all the time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
