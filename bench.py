@@ -46,7 +46,7 @@ from bert import Layer
 from data import Corpus, hide, lay_out, special_ids
 from data import uniforms as numbers_a_clip
 from keep import can_write, hold_pages, read_log, write_json
-from loop import memory_mib
+from loop import check_compile, memory_mib
 from ranks import start_ranks
 from scale import growth, in_turn, open_root, row, wait, write_corpus
 from toy import OBJECTS, TOOLS, VERBS, write_toy
@@ -732,6 +732,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, flag) < least:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, wanted at least {least}")
     can_write(args.json, "--json")
+    check_compile(args.compile)
     args.batch = args.batch or (256 if torch.cuda.is_available() else 16)
     start_ranks()  # threads and caches as in training
     if args.which:

@@ -120,6 +120,7 @@ class LoopConfig:
             raise ValueError("--bert and --init both give weights: choose one")
         if self.scratch and not self.bert:
             raise ValueError("--scratch wants the sizes and vocabulary of --bert DIR")
+        check_compile(self.compile)
 
     POSITIVE = ()
 
@@ -127,6 +128,15 @@ class LoopConfig:
     def name(self) -> str:
         """Name a run after its data."""
         return Path(self.data).resolve().name
+
+
+def check_compile(asked: bool) -> None:
+    """Refuse to compile where PyTorch does it again for every batch: ValueError."""
+    if asked and torch.__version__ < (2, 5):
+        raise ValueError(
+            f"--compile wants PyTorch 2.5 or newer, this is {torch.__version__}, which compiles "
+            "each layer anew for each length: go without (with --resume: --no-compile)"
+        )
 
 
 def parse(Config: type, argv: list[str] | None = None, description: str = "") -> tuple:

@@ -1,6 +1,8 @@
 """Eq. 5-9 against slow loops in float64: losses, their gradients, chunks, ranks, precisions."""
 
+import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -276,6 +278,21 @@ def compare_compiled_nce(device: str) -> None:
 def test_compiled_nce_has_the_gradients_of_the_plain_one():
     """Catches a compiler that spoils them in silence, as PyTorch 2.13 a stack of logsumexps."""
     compare_compiled_nce("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.6 has it first")
+@pytest.mark.usefixtures("width")
+def test_a_compiled_step_is_the_plain_one_and_other_lengths_compile_nothing_again():
+    """Catches a layer, or Eq. 9, that is compiled for one number of clips, tokens, hidden ones."""
+    model, plain = (tiny_model(dtype=torch.float32) for _ in range(2))
+    model.compile_parts()
+    for seed, sizes in enumerate([(4, 6, 7), (7, 5, 9), (3, 8, 6), (9, 3, 4)]):
+        batch = random_batch(seed, *sizes)
+        batch = dataclasses.replace(batch, video=batch.video.float())
+        with torch.compiler.set_stance("fail_on_recompile") if seed else nullcontext():
+            found = value_and_gradients(model, batch)
+        same(found, value_and_gradients(plain, batch), 1e-4)
 
 
 @pytest.mark.usefixtures("width")

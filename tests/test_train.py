@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import loop
 import train
@@ -373,6 +375,15 @@ def test_bad_commands_say_what_would_do_in_one_line(small_toy, tmp_path, monkeyp
     assert stopped.value.code == 2 and err.count("\n") == 1
     assert re.match(BAD[args], err), err
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_an_old_pytorch_does_not_compile(monkeypatch):
+    """2.4 does it anew for each length; what does not compile runs on it."""
+    for version, old in (("2.4.1+cu121", True), ("2.5.0", False), ("2.13.0+cpu", False)):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        with pytest.raises(ValueError, match="2.4.1.* go without") if old else nullcontext():
+            TrainConfig(compile=True)
+        TrainConfig(compile=False)
 
 
 def test_a_wrong_bert_is_named(small_toy, tmp_path, monkeypatch, capsys):
