@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import bert
 from loss import LOGITS_AT_ONCE, SumAndTrue, nce, nce_in_chunks, sum_and_true
 from tests.small import (
     CLS,
@@ -282,9 +283,12 @@ def test_compiled_nce_has_the_gradients_of_the_plain_one():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.6 has it first")
-@pytest.mark.usefixtures("width")
-def test_a_compiled_step_is_the_plain_one_and_other_lengths_compile_nothing_again():
-    """Catches a layer, or Eq. 9, that is compiled for one number of clips, tokens, hidden ones."""
+def test_a_compiled_step_is_the_plain_one_and_other_lengths_compile_nothing_again(monkeypatch):
+    """Catches a layer, or Eq. 9, that is compiled for one number of clips, tokens, hidden ones.
+
+    On the ways of a wide model, whose last layer is another one; a narrow model's are among them.
+    """
+    monkeypatch.setattr(bert, "WIDE", 1)
     model, plain = (tiny_model(dtype=torch.float32) for _ in range(2))
     model.compile_parts()
     for seed, sizes in enumerate([(4, 6, 7), (7, 5, 9), (3, 8, 6), (9, 3, 4)]):
