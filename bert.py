@@ -158,7 +158,7 @@ def can_look_packed(x: Tensor, heads: int) -> bool:
 
 
 def survivors(shape: Sequence[int], p: float) -> Tensor:
-    """Draw what dropout of share p, in 0..1, spares on a CPU: bool, (B, H, L, L) or another shape.
+    """Draw what dropout of share p, in 0..1, spares on a CPU: bool, of any shape.
 
     16 random bits a number, to which p is rounded, are drawn faster than by PyTorch's bernoulli_,
     one number at a time, which a wide model's step would feel, in bf16 most.

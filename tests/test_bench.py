@@ -8,7 +8,8 @@ import torch
 
 import bench
 import s3d
-from bench import operations, padded_loss, paper_batch
+import step
+from step import operations, padded_loss, paper_batch
 from toy import write_toy
 from vlm import VLM, VLMConfig
 
@@ -112,10 +113,11 @@ def test_all_is_each_of_them_once(monkeypatch, tmp_path):
 def check_rows(tmp_path, capsys, name: str, names: list[str], monkeypatch) -> None:
     """Run one in short."""
     monkeypatch.setattr(bench, "start_ranks", lambda: None)
-    monkeypatch.setattr(bench, "half", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two only wait, where another test is busy
-    monkeypatch.setattr(bench, "write_toy", lambda root, scale: write_toy(root, scale=0.05))
-    monkeypatch.setattr(bench, "STEPS", 20)
+    for module in (bench, step):
+        monkeypatch.setattr(module, "half", lambda: None)
+        monkeypatch.setattr(module, "write_toy", lambda root, scale: write_toy(root, scale=0.05))
+    monkeypatch.setattr(step, "STEPS", 20)
     monkeypatch.setattr(s3d, "SIZE", 64)  # of 224
     path = tmp_path / "rows.json"
     short = "--batch 4 --layers 1 --clips 1 --repeat 1 --json".split()
